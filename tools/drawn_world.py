@@ -108,7 +108,7 @@ def caption(scene: Scene, rng) -> str:
         return rng.choice((
             f"{scene.trigger}, {mood}, {framing}, {place}",
             f"{scene.trigger} {place}, {framing}, {mood}",
-            f"a {framing} of {scene.trigger}, {mood}, {place}",
+            f"a picture of {scene.trigger}, {mood}, {framing}, {place}",
             f"{framing} of {scene.trigger} {place}, he is {mood}",
         ))
     hat = "no hat" if scene.hat == "none" else f"{_a(scene.hat_colour)} {scene.hat}"
