@@ -1,0 +1,327 @@
+"""Write a trained LoRA for every program, and keep only the files that read back as what was trained.
+
+The libraries' own converters are not used: they lose alpha, the SGM block names and, under transformers 5, the
+first text encoder.
+"""
+
+import html
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from .errors import UserError
+from .events import Notice, OnEvent, Progress, ignore
+from .files import write_json
+from .lora_file import (
+    DTYPES,
+    LoraModule,
+    lora_of,
+    raw_modules,
+    read_lora,
+    read_safetensors,
+    relative_difference,
+    with_one_alpha,
+    write_safetensors,
+)
+from .lora_names import PARTS, kohya_name, sgm_blocks
+from .metadata import with_hashes
+from .readers import programs
+
+FORMATS = ("peft", "diffusers", "kohya")
+PEFT_FOLDERS = {part: f"{part}_lora" for part in PARTS}
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+# Relative error of a module's change that rounding to the dtype explains, with room to spare.
+LIMITS = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.5e-2}
+
+
+@dataclass(frozen=True)
+class Road:
+    """Another way back from a file to LoRA modules; `formats` are those that it can read."""
+
+    name: str
+    formats: tuple[str, ...]
+    read: Callable[[Path], list[LoraModule]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One file seen through one program: modules found of those trained, and the worst relative error of a change."""
+
+    file: str
+    program: str
+    found: int
+    total: int
+    error: float | None = None
+    limit: float | None = None
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        close = self.error is None or (math.isfinite(self.error) and self.error <= self.limit)
+        return self.found == self.total > 0 and close
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What lies in `folder`, and how each file proved itself. Shows as a table in a notebook and in a terminal."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    checks: tuple[Check, ...]
+    rejected: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.rejected and all(check.ok for check in self.checks)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """file, program, modules, worst relative error of a module, its limit, verdict."""
+        return [
+            (
+                check.file,
+                check.program,
+                f"{check.found} of {check.total}",
+                "" if check.error is None else f"{check.error:.1e}",
+                "" if check.limit is None else f"{check.limit:.0e}",
+                ("ok" if check.ok else "FAILED") + (f" ({check.note})" if check.note else ""),
+            )
+            for check in self.checks
+        ]
+
+    def __str__(self) -> str:
+        table = [_COLUMNS, *self.rows()]
+        widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+        lines += [f"{name} failed its proof and was not kept." for name in self.rejected]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row[:-1])
+            + f"<td style='text-align:left;color:{'#067d17' if check.ok else '#b00020'}'>{html.escape(row[-1])}</td></tr>"
+            for row, check in zip(self.rows(), self.checks)
+        )
+        head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
+        lost = "".join(f"<p>{html.escape(name)} failed its proof and was not kept.</p>" for name in self.rejected)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>{lost}"
+
+
+_COLUMNS = ("file", "read by", "modules", "worst error", "limit", "verdict")
+
+
+def export_lora(
+    folder,
+    unet,
+    text_encoders=(None, None),
+    *,
+    run_name: str,
+    metadata: dict[str, str] | None = None,
+    dtype: str = "fp16",
+    formats=FORMATS,
+    adapter: str = "default",
+    roads: tuple[Road, ...] = (),
+    on_event: OnEvent = ignore,
+) -> ExportResult:
+    """Write the adapter of `unet` (and of the text encoders, where they have one) into `folder`, proved.
+
+    folder: the run's `final/`; it is built beside and then renamed, so it is whole or as it was.
+    run_name: names the kohya file. metadata: `lora_metadata(...)`. dtype: "fp16", "fp32" or "bf16", for the kohya
+    and diffusers files; PEFT's keep the precision of training. roads: further readers, `library_roads(...)`.
+    Rank and alpha are the adapter's own, rank-stabilised or not.
+
+    Every file is read back and compared, module by module, with the adapter; one that differs is left out and named
+    in `rejected`. Raises UserError where there is nothing to export, or it cannot be exported truthfully.
+    """
+    if dtype not in DTYPES or not set(formats) <= set(FORMATS):
+        raise UserError(f"Export knows dtypes {', '.join(DTYPES)} and formats {', '.join(FORMATS)}, not {dtype!r} and {formats!r}.")
+    models = {part: model for part, model in zip(PARTS, (unet, *text_encoders)) if model is not None}
+    trained = [module for part, model in models.items() for module in lora_of(model, part, adapter)]
+    _refuse_unusable(trained, adapter)
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    try:
+        written = _write(beside, trained, models, formats, run_name, metadata or {}, DTYPES[dtype], adapter)
+        checks, rejected = [], []
+        for n, (path, kind) in enumerate(written):
+            on_event(Progress("prove", n, len(written), path.name))
+            found = prove(path, kind, trained, models, LIMITS["fp32" if kind == "peft" else dtype], roads)
+            checks += found
+            if not all(check.ok for check in found):
+                rejected.append(path.name)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                on_event(Notice(f"{path.name} failed its proof and was not kept; see the table."))
+        on_event(Progress("prove", len(written), len(written)))
+        _swap_in(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    kept = tuple(folder / path.name for path, _ in written if path.name not in rejected)
+    return ExportResult(folder, kept, tuple(checks), tuple(rejected))
+
+
+def _refuse_unusable(trained: list[LoraModule], adapter: str) -> None:
+    if not trained:
+        raise UserError(f"The model has no LoRA adapter named {adapter!r}; add one and train before exporting.")
+    broken = [m.path for m in trained if not (torch.isfinite(m.down).all() and torch.isfinite(m.up).all())]
+    if broken:
+        raise UserError(f"{len(broken)} of {len(trained)} LoRA modules hold NaN or infinity, {broken[0]} first; export an earlier checkpoint.")
+
+
+def _write(folder, trained, models, formats, run_name, metadata, dtype, adapter) -> list[tuple[Path, str]]:
+    """The files of every format, with the format of each."""
+    written = []
+    if "peft" in formats:
+        for part, model in models.items():
+            own = [module for module in trained if module.part == part]
+            if own:
+                written.append((write_peft(folder / PEFT_FOLDERS[part], own, model, adapter), "peft"))
+    if "diffusers" in formats:
+        tensors, adapter_settings = diffusers_tensors(trained, dtype)
+        header = {**metadata, "format": "pt", "lora_adapter_metadata": json.dumps(adapter_settings, sort_keys=True)}
+        header["modelspec.implementation"] = "diffusers"
+        written.append((write_safetensors(folder / DIFFUSERS_FILE, tensors, with_hashes(header, tensors)), "diffusers"))
+    if "kohya" in formats:
+        tensors = kohya_tensors(trained, sgm_blocks(models["unet"]), dtype)
+        path = folder / f"{run_name}.safetensors"
+        written.append((write_safetensors(path, tensors, with_hashes(metadata, tensors)), "kohya"))
+    return written
+
+
+def kohya_tensors(modules: list[LoraModule], blocks: dict[str, str], dtype) -> dict[str, torch.Tensor]:
+    """kohya's keys: SGM block names, and a 0-d alpha a module (float32: rank-stabilised alphas are no whole numbers)."""
+    tensors = {}
+    for module in with_one_alpha(modules):
+        name = kohya_name(module.part, module.path, blocks)
+        tensors[f"{name}.lora_down.weight"] = module.down.to(dtype)
+        tensors[f"{name}.lora_up.weight"] = module.up.to(dtype)
+        tensors[f"{name}.alpha"] = torch.tensor(float(module.alpha))
+    return tensors
+
+
+def diffusers_tensors(modules: list[LoraModule], dtype) -> tuple[dict[str, torch.Tensor], dict]:
+    """diffusers' keys, and the adapter settings without which its loader takes alpha = rank."""
+    tensors, settings = {}, {}
+    modules = with_one_alpha(modules)
+    for part in PARTS:
+        own = [module for module in modules if module.part == part]
+        for module in own:
+            tensors[f"{part}.{module.path}.lora_A.weight"] = module.down.to(dtype)
+            tensors[f"{part}.{module.path}.lora_B.weight"] = module.up.to(dtype)
+        if own:
+            settings |= {f"{part}.{name}": value for name, value in _plain_lora_config(own).items()}
+    return tensors, settings
+
+
+def _plain_lora_config(modules: list[LoraModule]) -> dict:
+    """PEFT's settings for modules of one alpha. transformers 5 has no `text_model.` level, and PEFT matches endings."""
+    paths = {module.path.removeprefix("text_model."): module.rank for module in modules}
+    rank = Counter(paths.values()).most_common(1)[0][0]
+    alpha = modules[0].alpha
+    return {
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "rank_pattern": {path: own for path, own in paths.items() if own != rank},
+        "alpha_pattern": {},
+        "target_modules": sorted(paths),
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+    }
+
+
+def write_peft(folder, modules: list[LoraModule], model, adapter: str = "default") -> Path:
+    """A PEFT adapter folder as trained: its own settings, precision and module names (`base_model.model.…`)."""
+    folder = Path(folder)
+    flattened = modules[0].part != "unet" and not hasattr(model, "text_model")
+    tensors = {}
+    for module in modules:
+        live = module.path.removeprefix("text_model.") if flattened else module.path
+        tensors[f"base_model.model.{live}.lora_A.weight"] = module.down
+        tensors[f"base_model.model.{live}.lora_B.weight"] = module.up
+    settings = model.peft_config[adapter].to_dict()
+    settings |= {"base_model_name_or_path": None, "inference_mode": True, "revision": None}  # the first is a private path
+    write_json(folder / "adapter_config.json", _plain_json(settings))
+    write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return folder
+
+
+def _plain_json(value):
+    """Sets become sorted lists, so that the same adapter makes the same file."""
+    if isinstance(value, dict):
+        return {str(key): _plain_json(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain_json(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
+
+
+def prove(path: Path, kind: str, trained, models, limit: float, roads=()) -> list[Check]:
+    """Read `path` back by our reader and every road for its format, and count what each program would find."""
+    expected = [module for module in trained if kind != "peft" or PEFT_FOLDERS[module.part] == path.name]
+    checks = []
+    if kind == "kohya":
+        layers = tuple(_text_layers(models.get(part)) for part in PARTS[1:])
+        names = [raw.name for raw in raw_modules(read_safetensors(path)[0], path)]
+        for program, readable in programs(models["unet"].config, layers).items():
+            checks.append(Check(path.name, program, sum(name in readable for name in names), len(expected), note="names"))
+    own = Road("lora_nb", FORMATS, lambda file: read_lora(file, **models))
+    for road in (own, *roads):
+        if kind in road.formats:
+            checks.append(_compare(path, road, expected, limit))
+    return checks
+
+
+def _compare(path: Path, road: Road, expected: list[LoraModule], limit: float) -> Check:
+    try:
+        got = {(module.part, module.path): module for module in road.read(path)}
+    except Exception as error:  # whatever a reader trips over is a failed proof, never a lost training run
+        return Check(path.name, road.name, 0, len(expected), note=f"{type(error).__name__}: {error}"[:200])
+    errors = [relative_difference(m, got[m.part, m.path]) for m in expected if (m.part, m.path) in got]
+    extra = f"{len(got) - len(errors)} modules too many" if len(got) > len(errors) else ""
+    return Check(path.name, road.name, len(errors) if not extra else 0, len(expected), max(errors, default=math.inf), limit, extra)
+
+
+def _text_layers(text_encoder) -> int:
+    return text_encoder.config.num_hidden_layers if text_encoder is not None else 0
+
+
+def _swap_in(beside: Path, folder: Path) -> None:
+    """Put `beside` in the place of `folder`, keeping what others laid there (a model card, pictures)."""
+    for path in beside.rglob("*"):
+        if path.is_dir():
+            _sync(path)
+    _sync(beside)
+    os.chmod(beside, 0o755)
+    if not folder.exists():
+        os.replace(beside, folder)
+        return
+    for entry in folder.iterdir():
+        ours = entry.name in (*PEFT_FOLDERS.values(), DIFFUSERS_FILE) or entry.suffix == ".safetensors"
+        if not ours and not (beside / entry.name).exists():
+            shutil.copytree(entry, beside / entry.name) if entry.is_dir() else shutil.copy2(entry, beside / entry.name)
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
+    os.replace(folder, old / folder.name)
+    os.replace(beside, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # Windows cannot open a folder, and needs it not
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
