@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from lora_nb.config import resolve_path
 from lora_nb.errors import UserError
@@ -112,6 +112,6 @@ def _download(model: str, part: str, half: bool) -> Path:
         raise UserError(f"{model} is gated: accept its licence on https://huggingface.co/{model} and run `hf auth login`.") from None  # fmt: skip
     except RepositoryNotFoundError:
         raise UserError(f"There is no folder {model} here and no model of that name on the hub: check base_model, or run `hf auth login` if it is private.") from None  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # offline, time-outs, full disks: the hub's clients raise their own families
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{model} is not on this machine and cannot be downloaded ({reason}): connect, or set base_model to a folder.") from None  # fmt: skip
