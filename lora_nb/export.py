@@ -17,10 +17,10 @@ from typing import Callable
 
 import torch
 
-from .errors import UserError
-from .events import Notice, OnEvent, Progress, ignore
-from .files import write_json
-from .lora_file import (
+from lora_nb.errors import UserError
+from lora_nb.events import Notice, OnEvent, Progress, ignore
+from lora_nb.files import write_json
+from lora_nb.lora_file import (
     DTYPES,
     LoraModule,
     lora_of,
@@ -31,9 +31,9 @@ from .lora_file import (
     with_one_alpha,
     write_safetensors,
 )
-from .lora_names import PARTS, kohya_name, sgm_blocks
-from .metadata import with_hashes
-from .readers import programs
+from lora_nb.lora_names import PARTS, kohya_name, sgm_blocks
+from lora_nb.metadata import network_keys, with_hashes
+from lora_nb.readers import programs
 
 FORMATS = ("peft", "diffusers", "kohya")
 PEFT_FOLDERS = {part: f"{part}_lora" for part in PARTS}
@@ -180,6 +180,8 @@ def _refuse_unusable(trained: list[LoraModule], adapter: str) -> None:
 def _write(folder, trained, models, formats, run_name, metadata, dtype, adapter) -> list[tuple[Path, str]]:
     """The files of every format, with the format of each."""
     written = []
+    plain = with_one_alpha(trained)
+    metadata = metadata | network_keys(Counter(m.rank for m in plain).most_common(1)[0][0], plain[0].alpha)
     if "peft" in formats:
         for part, model in models.items():
             own = [module for module in trained if module.part == part]

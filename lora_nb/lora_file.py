@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from .errors import UserError
-from .files import write_atomic
-from .lora_names import KOHYA_PREFIX, PARTS, classic_path, module_names
+from lora_nb.errors import UserError
+from lora_nb.files import write_atomic
+from lora_nb.lora_names import KOHYA_PREFIX, PARTS, classic_path, module_names
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

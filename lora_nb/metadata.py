@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
 
-from .lora_file import safetensors_bytes
+from lora_nb.lora_file import safetensors_bytes
 
 CONFIG_KEY, VERSIONS_KEY, MANIFEST_KEY = "lora_nb.config", "lora_nb.versions", "lora_nb.manifest_sha256"
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key|auth)$")
@@ -24,31 +24,40 @@ _HERE_ONLY = {"output_dir", "checkpoint_copy_dir", "resume_from_checkpoint"}  # 
 _SS_SETTINGS = {
     "learning_rate": "ss_learning_rate",
     "text_encoder_learning_rate": "ss_text_encoder_lr",
-    "optimizer": "ss_optimizer",
     "lr_scheduler": "ss_lr_scheduler",
     "lr_warmup_steps": "ss_lr_warmup_steps",
-    "max_train_steps": "ss_max_train_steps",
+    "max_steps": "ss_max_train_steps",
     "mixed_precision": "ss_mixed_precision",
     "seed": "ss_seed",
     "lora_dropout": "ss_network_dropout",
     "gradient_checkpointing": "ss_gradient_checkpointing",
     "gradient_accumulation_steps": "ss_gradient_accumulation_steps",
-    "train_batch_size": "ss_batch_size_per_device",
     "batch_size": "ss_batch_size_per_device",
     "max_grad_norm": "ss_max_grad_norm",
     "snr_gamma": "ss_min_snr_gamma",
+    "loss_type": "ss_loss_type",
     "noise_offset": "ss_noise_offset",
     "caption_dropout": "ss_caption_dropout_rate",
     "buckets": "ss_enable_bucket",
 }
 
 
-def lora_metadata(run_name, settings=None, *, rank, alpha, captions=(), buckets=(), manifest_sha256=None, prediction_type="epsilon", thumbnail=None, versions=None) -> dict[str, str]:
-    """Header of a LoRA file for an SDXL base.
+def lora_metadata(
+    run_name: str,
+    settings: dict | None = None,
+    *,
+    steps: int | None = None,
+    captions=(),
+    buckets=(),
+    manifest_sha256: str | None = None,
+    prediction_type: str = "epsilon",
+    thumbnail: str | None = None,
+) -> dict[str, str]:
+    """Header of a LoRA file for an SDXL base; export adds rank, alpha and hashes.
 
-    settings: flat mapping of the run's settings (`config.model_dump()`), any of which may be missing.
-    captions: one a training picture (repeats counted by the caller); buckets: (width, height) of each.
-    thumbnail: a data URL, or None. versions: as `library_versions()` gives them.
+    settings: the run's settings by their flat names (`config.model_dump()`), any of which may be missing.
+    steps: optimizer steps behind these weights. captions: one a training picture, repeated as the picture is;
+    buckets: (width, height) of each. thumbnail: a data URL.
     """
     settings = public_settings(settings or {})
     resolution = int(settings.get("resolution") or 1024)
@@ -58,13 +67,12 @@ def lora_metadata(run_name, settings=None, *, rank, alpha, captions=(), buckets=
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": _number(rank),
-        "ss_network_alpha": _number(alpha),
         "ss_network_args": "{}",
         "ss_output_name": run_name,
         "ss_sd_model_name": settings.get("base_model"),
         "ss_resolution": str((resolution, resolution)),
-        "ss_steps": settings.get("max_train_steps"),
+        "ss_steps": steps or settings.get("max_steps"),
+        "ss_optimizer": _optimizer(settings),
         **{ours: settings.get(name) for name, ours in _SS_SETTINGS.items() if settings.get(name) is not None},
         **_dataset_keys(settings, captions, buckets),
         "modelspec.sai_model_spec": "1.0.1",
@@ -81,10 +89,15 @@ def lora_metadata(run_name, settings=None, *, rank, alpha, captions=(), buckets=
         "modelspec.usage_hint": f"Write {trigger} in the prompt." if trigger else None,
         "modelspec.thumbnail": thumbnail,
         CONFIG_KEY: json.dumps(settings, sort_keys=True, ensure_ascii=False),
-        VERSIONS_KEY: json.dumps(versions or library_versions(), sort_keys=True),
+        VERSIONS_KEY: json.dumps(library_versions(), sort_keys=True),
         MANIFEST_KEY: manifest_sha256,
     }
     return {key: str(value) for key, value in header.items() if value not in (None, "")}
+
+
+def _optimizer(settings) -> str | None:
+    name = settings.get("optimizer")
+    return f"{name}8bit" if name == "adamw" and settings.get("use_8bit_adam") else name
 
 
 def _dataset_keys(settings, captions, buckets) -> dict:
@@ -161,6 +174,11 @@ def _today() -> str:
     return now.date().isoformat()
 
 
+def network_keys(rank: int, alpha: float) -> dict[str, str]:
+    """What programs show as the network's size; the weights themselves are read by their own shapes and alphas."""
+    return {"ss_network_dim": _number(rank), "ss_network_alpha": _number(alpha)}
+
+
 def _number(value) -> str:
-    """16.0 -> "16": programs show, and some parse, whole numbers."""
+    """16.0 -> "16": some programs parse whole numbers only."""
     return str(int(value)) if float(value).is_integer() else str(float(value))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from .export import PEFT_FOLDERS, Road
-from .lora_file import LoraModule, lora_of
-from .lora_names import PARTS
+from lora_nb.export import PEFT_FOLDERS, Road
+from lora_nb.lora_file import LoraModule, lora_of
+from lora_nb.lora_names import PARTS
 
 
 def library_roads(unet, text_encoders=(None, None)) -> tuple[Road, ...]:
