@@ -1,0 +1,179 @@
+"""One picture from its file: decoded to the last byte, brought to upright sRGB, and measured.
+
+Everything here may run in a worker process (see workers.py), because decoders crash and hang.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+from PIL import Image, ImageCms, ImageOps
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # a file never reaches another decoder of Pillow's
+ENDINGS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+}
+PICTURE_ENDINGS = frozenset(ending for endings in ENDINGS.values() for ending in endings)
+FOREIGN_ENDINGS = frozenset(
+    ".heic .heif .jxl .jp2 .j2k .psd .svg .tga .exr .hdr .ico .eps .dng .cr2 .cr3 .nef .arw .raw .orf .rw2".split()
+)
+
+MAX_PIXELS = 120_000_000  # above every camera on sale; 360 MB as RGB
+MAX_FILE_BYTES = 512 << 20
+BACKGROUND = (255, 255, 255)  # behind transparent pixels
+
+
+class BadPicture(Exception):
+    """This picture cannot be used. code: a key of findings.CODES; facts: what its sentence needs."""
+
+    def __init__(self, code: str, **facts):
+        super().__init__(code, facts)
+        self.code, self.facts = code, facts
+
+
+def read_bytes(path) -> bytes:
+    """The file's bytes, at most MAX_FILE_BYTES."""
+    try:
+        size = Path(path).stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise BadPicture("file-too-large", size=size >> 20, limit=MAX_FILE_BYTES >> 20)
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadPicture("unreadable", reason=error.strerror or type(error).__name__) from error
+    if not data:
+        raise BadPicture("empty-file")
+    return data
+
+
+def decode(data: bytes) -> tuple[Image.Image, dict, list[tuple[str, dict]]]:
+    """Every pixel of one picture: (upright sRGB image, facts, notices).
+
+    facts: format, mode. notices: (code, facts) of what was done to get there.
+    Raises BadPicture, whatever the decoder raised.
+    """
+    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, before a pixel is decoded
+    notices = []
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # header parsers raise struct.error, ValueError, ... besides UnidentifiedImageError
+        raise BadPicture(*_unidentified(data, error)) from error
+    facts = {"format": "JPEG" if image.format == "MPO" else image.format, "mode": image.mode}
+    if image.width * image.height > MAX_PIXELS:
+        raise BadPicture("too-many-pixels", width=image.width, height=image.height, limit=MAX_PIXELS // 1_000_000)
+    try:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # phones put a preview or a depth map behind the photograph
+            raise BadPicture("several-frames", frames=frames)
+        image.load()
+        image = _upright(image, notices)
+        return _to_srgb(image, notices), facts, notices
+    except BadPicture:
+        raise
+    except Exception as error:
+        truncated = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        raise BadPicture("truncated" if truncated else "damaged", reason=_reason(error)) from error
+
+
+def open_rgb(path, expect_sha256: str | None = None) -> Image.Image:
+    """The upright sRGB picture of a file. Raises BadPicture, also when the file is no longer the expected one."""
+    data = read_bytes(path)
+    if expect_sha256 and hashlib.sha256(data).hexdigest() != expect_sha256:
+        raise BadPicture("changed")
+    return decode(data)[0]
+
+
+def _reason(error) -> str:
+    return f"{type(error).__name__}: {error}".strip()[:200]
+
+
+def _unidentified(data: bytes, error):
+    head = data[:512].lstrip().lower()
+    if not any(data[:4096]):
+        return ("damaged-zeros",)
+    if head.startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg", b"{")):
+        return ("web-page",)
+    return ("not-a-picture",)
+
+
+def _upright(image, notices):
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except Exception as error:  # a damaged EXIF block must not cost the picture
+        notices.append(("exif-damaged", {"reason": _reason(error)}))
+        return image
+    if image.getexif().get(0x0112, 1) in range(2, 9):
+        notices.append(("exif-rotated", {}))
+    return turned
+
+
+def _to_srgb(image, notices):
+    profile = image.info.get("icc_profile")
+    if image.mode in ("CMYK", "LAB") or (profile and image.mode == "RGB"):
+        image = _through_profile(image, profile, notices)
+    if image.mode in ("I;16", "I;16L", "I;16B", "I;16N", "I"):
+        image = _eight_bits(image, notices)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _on_background(image.convert("RGBA"), notices)
+    if image.mode not in ("RGB", "L", "P", "1", "YCbCr", "HSV", "RGBX"):
+        raise BadPicture("unsupported-mode", mode=image.mode)
+    if image.mode in ("L", "1"):
+        notices.append(("greyscale", {}))
+    return image.convert("RGB")
+
+
+def _through_profile(image, profile, notices):
+    mode = image.mode
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted.info.pop("icc_profile", None)
+    except Exception as error:  # a missing or damaged profile
+        if mode != "RGB":
+            raise BadPicture("unsupported-mode", mode=mode) from error
+        notices.append(("profile-damaged", {"reason": _reason(error)}))
+        return image
+    notices.append(("profile-converted", {"mode": mode}))
+    return converted
+
+
+def _eight_bits(image, notices):
+    low, high = image.getextrema()
+    if low < 0 or high > 65535:
+        raise BadPicture("unsupported-mode", mode=f"{image.mode}, values {low} to {high}")
+    notices.append(("sixteen-bit", {}))
+    return image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")  # convert alone saturates
+
+
+def _on_background(image, notices):
+    if image.getchannel("A").getextrema()[0] == 255:
+        return image.convert("RGB")
+    notices.append(("transparent", {}))
+    canvas = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+    return Image.alpha_composite(canvas, image).convert("RGB")
+
+
+def inspect(job: dict) -> dict:
+    """What validation needs to know of one file, as JSON-able facts; a bad picture is an answer, not an error.
+
+    job: {"path"}. Returns {"bad": [code, facts] | None, "notices": [[code, facts], ...],
+    "sha256", "format", "mode", "width", "height" (upright), "file_bytes"} as far as it got.
+    """
+    found = {"bad": None, "notices": []}
+    try:
+        data = read_bytes(job["path"])
+        found["sha256"] = hashlib.sha256(data).hexdigest()
+        found["file_bytes"] = len(data)
+        image, facts, notices = decode(data)
+    except BadPicture as bad:
+        found["bad"] = [bad.code, bad.facts]
+        return found
+    found |= facts | {"notices": notices, "width": image.width, "height": image.height}
+    return found
