@@ -16,6 +16,7 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, compute_snr
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_nb.config import PRESETS, resolve_path
@@ -68,6 +69,13 @@ def load_part(base_model: str, part: str, dtype=torch.float32, device="cpu"):
 def load_vae(base_model: str, vae_model: str | None = None, dtype=torch.float32, device="cpu"):
     """The base's VAE, or the one that replaces it."""
     return load_part(vae_model or base_model, "vae", dtype, device)
+
+
+def vae_config(base_model: str, vae_model: str | None = None) -> dict:
+    """The VAE's configuration, without its weights."""
+    model = vae_model or base_model
+    folder = SDXL / "vae" if resolve_path(model).is_file() else locate(model, "vae", half=False)
+    return json.loads((folder / "config.json").read_text())
 
 
 def load_text_encoders(base_model: str, dtype=torch.float32, device="cpu") -> tuple[list, list]:
@@ -148,10 +156,10 @@ def load_lora_state_dict(model, state: dict[str, torch.Tensor]) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def load_pipeline(base_model: str, dtype=torch.float32, device="cpu", vae_model: str | None = None):
+def load_pipeline(base_model: str, dtype=torch.float32, device="cpu", vae_model: str | None = None, scheduler: str | None = None):
     """The whole base as a StableDiffusionXLPipeline, quiet, for pictures. The VAE is fp32: in fp16 it overflows."""
     parts = {part: load_part(base_model, part, dtype, device) for part in ("unet", "text_encoder", "text_encoder_2")}
-    return assemble(base_model, vae=load_vae(base_model, vae_model, torch.float32, device), **parts)
+    return assemble(base_model, vae=load_vae(base_model, vae_model, torch.float32, device), scheduler=scheduler, **parts)
 
 
 def assemble(base_model: str, unet, vae, text_encoder=None, text_encoder_2=None, scheduler: str | None = None):
@@ -177,32 +185,41 @@ def assemble(base_model: str, unet, vae, text_encoder=None, text_encoder_2=None,
 @torch.no_grad()
 def generate(
     pipeline, prompts, seeds, height, width, steps=25, guidance_scale=5.0, negative_prompt="", on_event=ignore,
-    embeddings=None, negative_embeddings=None,
+    embeddings=None, negative_embeddings=None, batch_size=1,
 ) -> list:  # fmt: skip
-    """One PIL picture a prompt and seed, prompt by prompt. Each is drawn alone, from noise of a CPU generator
-    with its own seed, so that a picture does not depend on what is drawn beside it.
+    """One PIL picture a prompt and seed, prompt by prompt. Each begins at noise of a CPU generator with its own seed,
+    so that a picture does not depend (but for rounding) on what is drawn beside it, `batch_size` at once.
 
     `embeddings`, one (prompt_embeds [1, 77, D], pooled_prompt_embeds [1, P]) a prompt, and `negative_embeddings`, one
     pair, replace the text encoders. An empty negative prompt means what it means to the base (zeros for SDXL).
     """
     pictures = []
-    text = pipeline.unet.dtype, pipeline._execution_device
-    for index, prompt in enumerate(prompts):
+    shots = [(index, seed) for index in range(len(prompts)) for seed in seeds]
+    for start in range(0, len(shots), batch_size):
+        batch = shots[start : start + batch_size]
         if embeddings is None:
-            conditioning = {"prompt": prompt, "negative_prompt": negative_prompt or None}
+            conditioning = {"prompt": [prompts[index] for index, _ in batch]}
+            conditioning["negative_prompt"] = [negative_prompt] * len(batch) if negative_prompt else None
         else:
-            names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
-            values = (*embeddings[index], *(negative_embeddings or map(torch.zeros_like, embeddings[index])))
-            conditioning = {name: value.to(dtype=text[0], device=text[1]) for name, value in zip(names, values, strict=True)}
-        for seed in seeds:
-            generator = torch.Generator().manual_seed(seed)
-            result = pipeline(
-                **conditioning, generator=generator, height=height, width=width, num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-            )  # fmt: skip
-            pictures += result.images
-            on_event(Progress("pictures", len(pictures), len(prompts) * len(seeds), prompt))
+            conditioning = _conditioning(pipeline, [embeddings[index] for index, _ in batch], negative_embeddings)
+        result = pipeline(
+            **conditioning, generator=[torch.Generator().manual_seed(seed) for _, seed in batch], height=height, width=width,
+            num_inference_steps=steps, guidance_scale=guidance_scale,
+        )  # fmt: skip
+        pictures += result.images
+        on_event(Progress("pictures", len(pictures), len(shots), prompts[batch[-1][0]]))
     return pictures
+
+
+def _conditioning(pipeline, embeddings, negative) -> dict[str, torch.Tensor]:
+    """The pipeline's arguments for pairs of embeddings, one a picture, in the UNet's type."""
+    negatives = [negative or tuple(map(torch.zeros_like, pair)) for pair in embeddings]
+    names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
+    values = (*zip(*embeddings, strict=True), *zip(*negatives, strict=True))
+    return {
+        name: torch.cat(value).to(dtype=pipeline.unet.dtype, device=pipeline._execution_device)
+        for name, value in zip(names, values, strict=True)
+    }
 
 
 def load_lora(pipeline, path, strength: float = 1.0) -> None:
