@@ -11,9 +11,9 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -32,23 +32,15 @@ from lora_nb.lora_file import (
     write_safetensors,
 )
 from lora_nb.lora_names import PARTS, kohya_name, sgm_blocks
-from lora_nb.metadata import network_keys, with_hashes
+from lora_nb.metadata import lora_metadata, network_keys, with_hashes
 from lora_nb.readers import programs
 
 FORMATS = ("peft", "diffusers", "kohya")
 PEFT_FOLDERS = {part: f"{part}_lora" for part in PARTS}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PROOF_FILE = "proof.json"
 # Relative error of a module's change that rounding to the dtype explains, with room to spare.
 LIMITS = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.5e-2}
-
-
-@dataclass(frozen=True)
-class Road:
-    """Another way back from a file to LoRA modules; `formats` are those that it can read."""
-
-    name: str
-    formats: tuple[str, ...]
-    read: Callable[[Path], list[LoraModule]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,26 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Road:
+    """Another way back from a file to LoRA modules; `formats` are those that it can read."""
+
+    name: str
+    formats: tuple[str, ...]
+    read: Callable[[Path], list[LoraModule]]
+
+    def check(self, path: Path, expected: list[LoraModule], limit: float) -> Check:
+        """Compare what this road finds in `path` with the trained modules."""
+        try:
+            got = {(module.part, module.path): module for module in self.read(path)}
+        except Exception as error:  # whatever a reader trips over is a failed proof, never a lost training run
+            return Check(path.name, self.name, 0, len(expected), note=f"{type(error).__name__}: {error}"[:200])
+        errors = [relative_difference(m, got[m.part, m.path]) for m in expected if (m.part, m.path) in got]
+        if len(got) > len(errors):
+            return Check(path.name, self.name, 0, len(expected), note=f"{len(got) - len(errors)} modules too many")
+        return Check(path.name, self.name, len(errors), len(expected), max(errors, default=math.inf), limit)
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """What lies in `folder`, and how each file proved itself. Shows as a table in a notebook and in a terminal."""
 
@@ -81,6 +93,10 @@ class ExportResult:
     @property
     def ok(self) -> bool:
         return not self.rejected and all(check.ok for check in self.checks)
+
+    def save(self, path) -> Path:
+        """Keep the table as JSON; `read_result` brings it back."""
+        return write_json(path, {"checks": [asdict(check) for check in self.checks], "rejected": list(self.rejected)})
 
     def rows(self) -> list[tuple[str, ...]]:
         """file, program, modules, worst relative error of a module, its limit, verdict."""
@@ -99,7 +115,7 @@ class ExportResult:
     def __str__(self) -> str:
         table = [_COLUMNS, *self.rows()]
         widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         lines += [f"{name} failed its proof and was not kept." for name in self.rejected]
         return "\n".join(lines)
 
@@ -107,7 +123,7 @@ class ExportResult:
         cells = "".join(
             "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row[:-1])
             + f"<td style='text-align:left;color:{'#067d17' if check.ok else '#b00020'}'>{html.escape(row[-1])}</td></tr>"
-            for row, check in zip(self.rows(), self.checks)
+            for row, check in zip(self.rows(), self.checks, strict=True)
         )
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
         lost = "".join(f"<p>{html.escape(name)} failed its proof and was not kept.</p>" for name in self.rejected)
@@ -134,7 +150,7 @@ def export_lora(
 
     folder: the run's `final/`; it is built beside and then renamed, so it is whole or as it was.
     run_name: names the kohya file. metadata: `lora_metadata(...)`. dtype: "fp16", "fp32" or "bf16", for the kohya
-    and diffusers files; PEFT's keep the precision of training. roads: further readers, `library_roads(...)`.
+    and diffusers files; PEFT's keep the precision of training. roads: further proofs, `library_roads(...)` and `PictureRoad`.
     Rank and alpha are the adapter's own, rank-stabilised or not.
 
     Every file is read back and compared, module by module, with the adapter; one that differs is left out and named
@@ -142,7 +158,8 @@ def export_lora(
     """
     if dtype not in DTYPES or not set(formats) <= set(FORMATS):
         raise UserError(f"Export knows dtypes {', '.join(DTYPES)} and formats {', '.join(FORMATS)}, not {dtype!r} and {formats!r}.")
-    models = {part: model for part, model in zip(PARTS, (unet, *text_encoders)) if model is not None}
+    metadata = lora_metadata(run_name) if metadata is None else metadata
+    models = {part: model for part, model in zip(PARTS, (unet, *text_encoders), strict=False) if model is not None}
     trained = [module for part, model in models.items() for module in lora_of(model, part, adapter)]
     _refuse_unusable(trained, adapter)
 
@@ -150,7 +167,7 @@ def export_lora(
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
-        written = _write(beside, trained, models, formats, run_name, metadata or {}, DTYPES[dtype], adapter)
+        written = _write(beside, trained, models, formats, run_name, metadata, DTYPES[dtype], adapter)
         checks, rejected = [], []
         for n, (path, kind) in enumerate(written):
             on_event(Progress("prove", n, len(written), path.name))
@@ -161,12 +178,26 @@ def export_lora(
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 on_event(Notice(f"{path.name} failed its proof and was not kept; see the table."))
         on_event(Progress("prove", len(written), len(written)))
+        kept = tuple(folder / path.name for path, _ in written if path.name not in rejected)
+        result = ExportResult(folder, kept, tuple(checks), tuple(rejected))
+        result.save(beside / PROOF_FILE)
         _swap_in(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    kept = tuple(folder / path.name for path, _ in written if path.name not in rejected)
-    return ExportResult(folder, kept, tuple(checks), tuple(rejected))
+    return result
+
+
+def read_result(folder) -> ExportResult:
+    """The proof that `export_lora` left in `folder`, for a kernel that did not train. Raises UserError without one."""
+    folder = Path(folder)
+    try:
+        saved = json.loads((folder / PROOF_FILE).read_text(encoding="utf-8"))
+        checks = tuple(Check(**check) for check in saved["checks"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no readable {PROOF_FILE}; export the run again.") from error
+    names = dict.fromkeys(check.file for check in checks)
+    return ExportResult(folder, tuple(folder / name for name in names if (folder / name).exists()), checks, tuple(saved["rejected"]))
 
 
 def _refuse_unusable(trained: list[LoraModule], adapter: str) -> None:
@@ -279,20 +310,7 @@ def prove(path: Path, kind: str, trained, models, limit: float, roads=()) -> lis
         for program, readable in programs(models["unet"].config, layers).items():
             checks.append(Check(path.name, program, sum(name in readable for name in names), len(expected), note="names"))
     own = Road("lora_nb", FORMATS, lambda file: read_lora(file, **models))
-    for road in (own, *roads):
-        if kind in road.formats:
-            checks.append(_compare(path, road, expected, limit))
-    return checks
-
-
-def _compare(path: Path, road: Road, expected: list[LoraModule], limit: float) -> Check:
-    try:
-        got = {(module.part, module.path): module for module in road.read(path)}
-    except Exception as error:  # whatever a reader trips over is a failed proof, never a lost training run
-        return Check(path.name, road.name, 0, len(expected), note=f"{type(error).__name__}: {error}"[:200])
-    errors = [relative_difference(m, got[m.part, m.path]) for m in expected if (m.part, m.path) in got]
-    extra = f"{len(got) - len(errors)} modules too many" if len(got) > len(errors) else ""
-    return Check(path.name, road.name, len(errors) if not extra else 0, len(expected), max(errors, default=math.inf), limit, extra)
+    return checks + [road.check(path, expected, limit) for road in (own, *roads) if kind in road.formats]
 
 
 def _text_layers(text_encoder) -> int:
@@ -310,7 +328,7 @@ def _swap_in(beside: Path, folder: Path) -> None:
         os.replace(beside, folder)
         return
     for entry in folder.iterdir():
-        ours = entry.name in (*PEFT_FOLDERS.values(), DIFFUSERS_FILE) or entry.suffix == ".safetensors"
+        ours = entry.name in (*PEFT_FOLDERS.values(), PROOF_FILE) or entry.suffix == ".safetensors"
         if not ours and not (beside / entry.name).exists():
             shutil.copytree(entry, beside / entry.name) if entry.is_dir() else shutil.copy2(entry, beside / entry.name)
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))

@@ -184,9 +184,7 @@ def raw_modules(tensors: dict[str, torch.Tensor], path="the file") -> list[RawMo
         if ending is None:
             strange.append(key)
             continue
-        name = key[: -len(ending)]
-        name = _modern_attention(name) if ending.startswith("_lora") else name
-        found.setdefault(name, {})[_ENDINGS[ending]] = tensor
+        found.setdefault(key[: -len(ending)], {})[_ENDINGS[ending]] = tensor
     other = next((kind for mark, kind in _NOT_PLAIN.items() if any(mark in key for key in strange)), None)
     if other:
         raise UserError(f"{path} holds {other} weights, which cannot be read as a plain LoRA.")
@@ -199,15 +197,6 @@ def raw_modules(tensors: dict[str, torch.Tensor], path="the file") -> list[RawMo
         RawModule(name, parts["down"], parts["up"], parts["alpha"].item() if "alpha" in parts else None)
         for name, parts in found.items()
     ]
-
-
-def _modern_attention(name: str) -> str:
-    """`attn1.processor.to_out` -> `attn1.to_out.0`, and the text encoders' `self_attn.to_q` -> `self_attn.q_proj`."""
-    name = name.replace(".processor.", ".")
-    stem, _, last = name.rpartition(".")
-    if stem.endswith("self_attn"):
-        return f"{stem}.{_OLD_ATTENTION.get(last, last)}"
-    return f"{name}.0" if last == "to_out" else name
 
 
 def read_lora(path, unet, text_encoder=None, text_encoder_2=None) -> list[LoraModule]:
@@ -285,10 +274,19 @@ def _canonical(name: str, part: str) -> str:
         return KOHYA_PREFIX["unet"] + name.removeprefix("diffusion_model.").replace(".", "_")
     if name.startswith("lora_"):
         return name
-    given, _, path = name.partition(".")
+    given, _, path = _modern_attention(name).partition(".")
     if given not in PARTS:
-        given, path = part, name
+        given, path = part, _modern_attention(name)
     return f"{given}.{classic_path(given, path)}"
+
+
+def _modern_attention(name: str) -> str:
+    """`attn1.processor.to_out` -> `attn1.to_out.0`, and the text encoders' `self_attn.to_q` -> `self_attn.q_proj`."""
+    name = name.replace(".processor.", ".")
+    stem, _, last = name.rpartition(".")
+    if stem.endswith("self_attn"):
+        return f"{stem}.{_OLD_ATTENTION.get(last, last)}"
+    return f"{name}.0" if last == "to_out" else name
 
 
 def _check_shapes(modules: list[LoraModule], models: dict, path) -> None:

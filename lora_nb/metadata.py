@@ -21,7 +21,7 @@ _NOT_SECRET = {"trigger_token"}
 _HERE_ONLY = {"output_dir", "checkpoint_copy_dir", "resume_from_checkpoint"}  # say nothing to another machine
 
 # Our setting -> kohya's key, where the value needs no translation.
-_SS_SETTINGS = {
+SS_SETTINGS = {
     "learning_rate": "ss_learning_rate",
     "text_encoder_learning_rate": "ss_text_encoder_lr",
     "lr_scheduler": "ss_lr_scheduler",
@@ -73,7 +73,7 @@ def lora_metadata(
         "ss_resolution": str((resolution, resolution)),
         "ss_steps": steps or settings.get("max_steps"),
         "ss_optimizer": _optimizer(settings),
-        **{ours: settings.get(name) for name, ours in _SS_SETTINGS.items() if settings.get(name) is not None},
+        **{ours: settings.get(name) for name, ours in SS_SETTINGS.items() if settings.get(name) is not None},
         **_dataset_keys(settings, captions, buckets),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",

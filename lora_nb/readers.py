@@ -5,6 +5,8 @@ Read in kohya's sd-scripts (networks/lora.py), ComfyUI (comfy/lora.py, comfy/uti
 and never from the module tree that `lora_names` walks, so that one checks the other.
 """
 
+import re
+
 _ATTENTION = [f"attn{n}.{to}" for n in (1, 2) for to in ("to_q", "to_k", "to_v", "to_out.0")]
 _TRANSFORMER = [*_ATTENTION, "ff.net.0.proj", "ff.net.2"]
 _TEXT_LAYER = [*(f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2"]
@@ -29,12 +31,34 @@ def programs(unet_config, text_layers: tuple[int, int] = (0, 0)) -> dict[str, se
     every_unet = {_kohya(path) for path in sgm}
     text = {f"lora_te{n}_" + name for n in (1, 2) for name in _text_names(text_layers[n - 1])}
     text_in_comfyui = {f"lora_te{n}_" + name for n in (1, 2) for name in _text_names(min(text_layers[n - 1], 32))}
-    diffusers_spelling = {f"unet.{_old_processor(path)}" for path in sgm.values()}
+    underscored = {_kohya(path) for path in sgm.values()}
+    old_diffusers = {f"unet.{_old_processor(path)}" for path in sgm.values()}
     return {
         "kohya": kohya_unet | text,
-        "ComfyUI": every_unet | {_kohya(path) for path in sgm.values()} | diffusers_spelling | text_in_comfyui,
-        "A1111/Forge": every_unet | text,
+        "ComfyUI": every_unet | underscored | old_diffusers | text_in_comfyui,
+        # A1111 counts three entries a level, which is so for SDXL and SD 1.5
+        "A1111/Forge": every_unet | text | (underscored if unet_config["layers_per_block"] == 2 else set()),
     }
+
+
+_SGM = r"lora_unet_(input_blocks_\d+_|middle_block_|output_blocks_\d+_)\d"
+_TEXT = r"lora_te[12]_text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])$"
+_UNDERSCORED = r"lora_unet_(down_blocks|mid_block|up_blocks)_"
+_OLD_UNET = r"(unet\.)?(down_blocks|mid_block|up_blocks)\.(?!.*attn\d\.to_)"  # attention as `processor.to_q` only
+_OLD_TEXT = r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])$"
+_TODAY = r"(unet|text_encoder|text_encoder_2)\.|(down_blocks|mid_block|up_blocks)\."
+_SPELLINGS = {
+    "kohya": (_SGM, _TEXT),
+    "ComfyUI": (_SGM, _TEXT, _UNDERSCORED, _OLD_UNET, _OLD_TEXT, r"diffusion_model\."),
+    "A1111/Forge": (_SGM, _TEXT, _UNDERSCORED),
+    "diffusers": (_SGM, _TEXT, _UNDERSCORED, _TODAY),
+    "PEFT": (r"base_model\.model\.",),
+}
+
+
+def spelled_for(name: str) -> set[str]:
+    """Programs that understand how this SDXL module is spelled, whatever the depth of the model."""
+    return {program for program, spellings in _SPELLINGS.items() if any(re.match(s, name) for s in spellings)}
 
 
 def sgm_to_diffusers(config) -> dict[str, str]:

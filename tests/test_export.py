@@ -6,13 +6,14 @@ import lora_models
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 
 from lora_nb import export
 from lora_nb.errors import UserError
-from lora_nb.export import export_lora
+from lora_nb.export import export_lora, read_result
 from lora_nb.lora_file import LoraModule, lora_of, read_lora, read_safetensors, relative_difference, safetensors_bytes
 from lora_nb.lora_names import classic_path, kohya_name, sgm_blocks
-from lora_nb.proof import library_roads
+from lora_nb.proof import PictureRoad, library_roads, picture_difference
 from lora_nb.readers import programs, sgm_to_diffusers
 
 CASES = {
@@ -160,7 +161,7 @@ def test_a_second_export_replaces_the_first_and_keeps_what_is_not_ours(adapted, 
     export_lora(final, adapted, run_name="old")
     (final / "README.md").write_text("card")
     export_lora(final, adapted, run_name="new", formats=("kohya",))
-    assert sorted(path.name for path in final.iterdir()) == ["README.md", "new.safetensors"]
+    assert sorted(path.name for path in final.iterdir()) == ["README.md", "new.safetensors", "proof.json"]
 
 
 def test_an_export_that_dies_leaves_what_was_there(adapted, tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_the_same_adapter_makes_the_same_bytes(adapted, tmp_path):
     for name in ("a", "b"):
         export_lora(tmp_path / name, adapted, run_name="hero", metadata=metadata)
     files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file()]
-    assert len(files) == 4
+    assert len(files) == 5
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -227,3 +228,39 @@ def test_safetensors_bytes_reads_back(tmp_path):
     back, metadata = read_safetensors(tmp_path / "x.safetensors")
     assert metadata == {"ключ": "значение", "a": "1"}
     assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
+
+
+class TestPicture:
+    """The proof that looks: a fixed picture from the live adapter, and from the file."""
+
+    @pytest.fixture
+    def pipeline(self, adapted):
+        return StableDiffusionXLPipeline(
+            vae=None, text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, unet=adapted, scheduler=None
+        )
+
+    @staticmethod
+    def draw(pipeline):
+        generator = torch.Generator().manual_seed(3)
+        size = {"encoder_hidden_states": (1, 5, 24), "sample": (1, 4, 8, 8)}
+        inputs = {name: torch.randn(shape, generator=generator) for name, shape in size.items()}
+        extra = {name: torch.randn(1, n, generator=generator) for name, n in {"text_embeds": 16, "time_ids": 6}.items()}
+        with torch.no_grad():
+            answer = pipeline.unet(**inputs, timestep=5, added_cond_kwargs=extra).sample[0, :3]
+        return Image.fromarray(((answer * 400 + 128).clamp(0, 255)).byte().permute(1, 2, 0).numpy())
+
+    def test_same_picture_and_the_model_is_left_as_it_was(self, pipeline, adapted, tmp_path):
+        trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+        road = PictureRoad(pipeline, self.draw)
+        result = export_lora(tmp_path / "final", adapted, run_name="hero", roads=(road,))
+        assert result.ok, str(result)
+        assert picture_difference(road.live, road.without) > 0.01
+        assert [check.program for check in result.checks].count("a picture") == 2
+        assert pipeline.get_list_adapters() == {"unet": ["default"]} and adapted.active_adapters() == ["default"]
+        assert trainable == [name for name, p in adapted.named_parameters() if p.requires_grad]
+        assert read_result(tmp_path / "final") == result
+
+    def test_another_picture_fails(self, pipeline, adapted, tmp_path, monkeypatch):
+        monkeypatch.setattr(export, "kohya_tensors", _lose_alpha)
+        result = export_lora(tmp_path / "final", adapted, run_name="hero", roads=(PictureRoad(pipeline, self.draw),))
+        assert not next(check for check in result.checks if check.file == "hero.safetensors" and check.program == "a picture").ok
