@@ -23,7 +23,7 @@ SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "Euler
 # Settings that may change between a run and its continuation: they move no weight, or keep the step's meaning.
 FREE_TO_CHANGE = frozenset(
     "max_steps save_every save_total_limit log_every use_wandb use_tensorboard validate_every num_validation_images "
-    "validation_prompts validation_seeds validation_steps validation_guidance validation_negative_prompt "
+    "validation_prompts validation_seeds validation_steps validation_guidance validation_negative_prompt export_dtype "
     "gradient_checkpointing enable_cpu_offload enable_xformers enable_attention_slicing auto_fit scheduler output_dir "
     "batch_size gradient_accumulation_steps".split()
 )
@@ -97,6 +97,7 @@ class Config(BaseModel):
     caption_dropout: float = setting(0.05, "share of draws with an empty caption: keeps guidance working", ge=0, le=1)
 
     save_every: int = setting(50, "steps between checkpoints; each holds LoRA and optimizer", ge=1)
+    export_dtype: Literal["fp16", "bf16", "fp32"] = setting("fp16", "of the final files; every program reads fp16")
     save_total_limit: int | None = setting(5, "checkpoints kept, the newest; null keeps all", ge=1)
     log_every: int = setting(10, "steps between rows of training_metrics.csv", ge=1)
     use_wandb: bool = setting(False, "Weights & Biases through accelerate; needs an account")
