@@ -182,32 +182,46 @@ def assemble(base_model: str, unet, vae, text_encoder=None, text_encoder_2=None,
     return pipeline
 
 
-@torch.no_grad()
 def generate(
     pipeline, prompts, seeds, height, width, steps=25, guidance_scale=5.0, negative_prompt="", on_event=ignore,
     embeddings=None, negative_embeddings=None, batch_size=1,
 ) -> list:  # fmt: skip
-    """One PIL picture a prompt and seed, prompt by prompt. Each begins at noise of a CPU generator with its own seed,
-    so that a picture does not depend (but for rounding) on what is drawn beside it, `batch_size` at once.
+    """One PIL picture a prompt and seed, prompt by prompt; see `generate_pairs`.
 
     `embeddings`, one (prompt_embeds [1, 77, D], pooled_prompt_embeds [1, P]) a prompt, and `negative_embeddings`, one
-    pair, replace the text encoders. An empty negative prompt means what it means to the base (zeros for SDXL).
+    pair, replace the text encoders.
+    """
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    a_pair = [pair for pair in embeddings for _ in seeds] if embeddings is not None else None
+    return generate_pairs(
+        pipeline, pairs, height, width, steps, guidance_scale, negative_prompt, on_event, a_pair, negative_embeddings, batch_size
+    )
+
+
+@torch.no_grad()
+def generate_pairs(
+    pipeline, pairs, height, width, steps=25, guidance_scale=5.0, negative_prompt="", on_event=ignore,
+    embeddings=None, negative_embeddings=None, batch_size=1,
+) -> list:  # fmt: skip
+    """One PIL picture a (prompt, seed). Each begins at noise of a CPU generator with its own seed, so that it does not
+    depend (but for rounding) on what is drawn beside it, `batch_size` at once.
+
+    An empty negative prompt means what it means to the base (zeros for SDXL).
     """
     pictures = []
-    shots = [(index, seed) for index in range(len(prompts)) for seed in seeds]
-    for start in range(0, len(shots), batch_size):
-        batch = shots[start : start + batch_size]
+    for start in range(0, len(pairs), batch_size):
+        batch = pairs[start : start + batch_size]
         if embeddings is None:
-            conditioning = {"prompt": [prompts[index] for index, _ in batch]}
+            conditioning = {"prompt": [prompt for prompt, _ in batch]}
             conditioning["negative_prompt"] = [negative_prompt] * len(batch) if negative_prompt else None
         else:
-            conditioning = _conditioning(pipeline, [embeddings[index] for index, _ in batch], negative_embeddings)
+            conditioning = _conditioning(pipeline, embeddings[start : start + batch_size], negative_embeddings)
         result = pipeline(
             **conditioning, generator=[torch.Generator().manual_seed(seed) for _, seed in batch], height=height, width=width,
             num_inference_steps=steps, guidance_scale=guidance_scale,
         )  # fmt: skip
         pictures += result.images
-        on_event(Progress("pictures", len(pictures), len(shots), prompts[batch[-1][0]]))
+        on_event(Progress("pictures", len(pictures), len(pairs), batch[-1][0]))
     return pictures
 
 
@@ -280,3 +294,14 @@ def load_clip(name: str, device="cpu"):
         return model, CLIPTokenizer.from_pretrained(place), image_processor.from_pretrained(place)
     except OSError as error:
         raise UserError(f"The CLIP scorer {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_dino(name: str, device="cpu"):
+    """A DINOv2 scorer (model, image processor) from a folder or hub id."""
+    place = str(resolve_path(name)) if resolve_path(name).is_dir() else name
+    try:
+        model = transformers.Dinov2Model.from_pretrained(place, dtype=torch.float32).eval().to(device)
+        processor = getattr(transformers, "BitImageProcessorPil", transformers.BitImageProcessor)
+        return model, processor.from_pretrained(place)
+    except OSError as error:
+        raise UserError(f"The DINO scorer {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
