@@ -30,7 +30,7 @@ def make_run(folder, steps=(10, 20), train=4, held_out=3) -> Path:
     config.save(run / "config.yaml")
     samples = [_sample(data, n, "train" if n < train else "held_out") for n in range(train + held_out)]
     metadata = {"dataset_root": "../../data", "trigger_token": TRIGGER, "resolution": SIDE, "total_samples": len(samples)}
-    content = ManifestFile.model_validatejson.dumps(json.dumps({"schema_version": 1, "metadata": metadata, "samples": samples}))
+    content = ManifestFile.model_validate_json(json.dumps({"schema_version": 1, "metadata": metadata, "samples": samples}))
     write_manifest(Manifest(content, run), run / "dataset_manifest.json")
     for step in steps:
         save_checkpoint(run / "checkpoints", step, random_lora(step), {"state": torch.zeros(1)}, {"step": step})
