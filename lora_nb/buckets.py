@@ -1,5 +1,6 @@
 """Buckets, crop and resize: from any picture to exactly the pixels that training sees."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -45,11 +46,20 @@ class Crop:
     top: int
 
 
-def plan_crop(width: int, height: int, bucket: tuple[int, int]) -> Crop:
-    """The centre crop that covers `bucket` (width, height) with the least loss."""
+def plan_crop(width: int, height: int, bucket: tuple[int, int], at=(0.5, 0.5)) -> Crop:
+    """The crop that covers `bucket` (width, height) with the least loss.
+
+    at: where the window lies within what is left over across and down: (0.5, 0.5) the middle, (0, 0) top left.
+    """
     scale = enlargement(width, height, bucket)
     resized = (max(bucket[0], round(width * scale)), max(bucket[1], round(height * scale)))
-    return Crop(resized, (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2)
+    return Crop(resized, int((resized[0] - bucket[0]) * at[0]), int((resized[1] - bucket[1]) * at[1]))
+
+
+def drawn_place(seed: int, key: str) -> tuple[float, float]:
+    """A place for `plan_crop`, drawn once for the picture `key` (its SHA-256) from the seed."""
+    drawn = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return int.from_bytes(drawn[:4], "big") / 2**32, int.from_bytes(drawn[4:8], "big") / 2**32
 
 
 def enlargement(width: int, height: int, bucket) -> float:

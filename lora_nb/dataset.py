@@ -7,31 +7,32 @@
 Nothing is ever changed in the user's folder.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .buckets import buckets, cut_off, enlargement, nearest_bucket
-from .captions import absorption, find_trigger, measure
+from .buckets import buckets
+from .captions import decode_caption
+from .duplicates import TwinSearch
 from .errors import UserError
 from .events import OnEvent, Progress, ignore
 from .files import project_root
 from .findings import Finding, finding
-from .images import ENDINGS
+from .judge import compare, judge, set_apart
 from .layouts import Record, describe_layout, existing_folder, pair, walk
 from .manifest import Manifest, Sample, best_manifest, open_sample, read_manifest, write_manifest
 from .preprocess import preprocess
 from .report import Picture, Report
 from .sources import read_metadata, unpack
-from .workers import Failure, run_isolated
+from .workers import run_isolated
 
 __all__ = [
     "Manifest", "Picture", "Record", "Records", "Report", "Sample", "best_manifest", "buckets", "open_sample",
-    "preprocess", "read_manifest", "scan", "validate", "write_manifest",
+    "preprocess", "read_exclusions", "read_manifest", "read_overrides", "scan", "validate", "with_overrides",
+    "write_manifest",
 ]  # fmt: skip
 
-TOO_SMALL, FAR_TOO_SMALL = 1.02, 4.0  # times enlarged
-EXTREME_ASPECT = 2.5  # long side over short
-MUCH_CUT = 0.2  # share of the area
+EXCLUSIONS, OVERRIDES = "exclusions.json", "caption_overrides.json"  # the user's notes, in the run's folder
 
 
 @dataclass
@@ -87,7 +88,13 @@ def validate(
     records: Records,
     resolution: int,
     trigger_token: str | None = None,
+    *,
     square: bool = False,
+    center_crop: bool = True,
+    held_out_share: float = 0.0,
+    seed: int = 0,
+    exclusions=None,
+    leave_out_errors: bool = False,
     tokenizers=(),
     workers: int | None = None,
     time_limit_s: float = 30.0,
@@ -95,79 +102,96 @@ def validate(
 ) -> Report:
     """Decode every picture to its last byte and say everything that is wrong, at once.
 
-    resolution: side in pixels of the square that a bucket's area equals. square: crop all to it instead of buckets.
+    resolution: pixels; a bucket has about its square in area. square: crop all to it instead of to buckets.
+    center_crop: the middle; else a place drawn once for each picture from `seed`.
+    held_out_share: of the pictures to keep for evaluation, besides those in the folder `reference`.
+    exclusions: {image_path: reason} of pictures that the user leaves out, see read_exclusions.
+    leave_out_errors: go on without the pictures that have errors; otherwise one error makes the verdict "not ready".
     tokenizers: see captions.clip_tokenizers; without them token counts are estimates.
     workers, time_limit_s: see workers.run_isolated.
     """
-    sizes = buckets(resolution, square)
-    readable = [record for record in records if record.readable]
-    facts, done = {}, 0
+    sizes, exclusions = buckets(resolution, square), exclusions or {}
+    facts, twins = _inspect(records, resolution, workers, time_limit_s, on_event)
+    pictures = [
+        replace(judge(record, found, sizes, trigger_token, tokenizers), excluded=exclusions.get(record.image_path))
+        for record, found in zip(records, facts, strict=True)
+    ]
+    pictures, overall = compare(pictures, twins)
+    if held_out_share:
+        pictures = set_apart(pictures, held_out_share, seed)
+    settings = {
+        "resolution": resolution,
+        "trigger_token": trigger_token,
+        "square": square,
+        "center_crop": center_crop,
+        "held_out_share": held_out_share,
+        "seed": seed,
+    }
+    findings = [*records.findings, *overall, *_unknown_exclusions(records, exclusions)]
+    return Report(records.root, records.layout, pictures, findings, settings, leave_out_errors)
 
-    def take(index, result):
+
+def _inspect(records, resolution, workers, time_limit_s, on_event):
+    """(what is known of each record's file, the twins among them). Signatures go straight into the search's arrays."""
+    facts, search, done = [None] * len(records), TwinSearch(len(records)), 0
+    readable = [index for index, record in enumerate(records) if record.readable]
+
+    def take(place, found):
         nonlocal done
-        done += 1
-        facts[readable[index].image_path] = result
-        on_event(Progress("validate", done, len(readable), readable[index].image_path))
+        index, done = readable[place], done + 1
+        if isinstance(found, dict) and "signature" in found:
+            search.add(index, found.pop("signature"))
+        facts[index] = found
+        on_event(Progress("validate", done, len(readable), records[index].image_path))
 
-    jobs = [{"path": str(record.path), "resolution": resolution} for record in readable]
+    jobs = [{"path": str(records[index].path), "resolution": resolution} for index in readable]
     run_isolated("lora_nb.images:inspect", jobs, take, workers, time_limit_s)
-    pictures = [_picture(record, facts.get(record.image_path), sizes, trigger_token, tokenizers) for record in records]
-    settings = {"resolution": resolution, "trigger_token": trigger_token, "square": square}
-    said = [picture.record.caption for picture in pictures if picture.usable]
-    learned = absorption(said, trigger_token) if trigger_token else None
-    return Report(records.root, records.layout, pictures, list(records.findings), settings, learned)
+    return facts, search.pairs()
 
 
-def _picture(record, found, sizes, trigger_token, tokenizers) -> Picture:
-    name, said = record.image_path, list(record.findings)
-    length = measure(record.caption, tokenizers) if record.caption else None
-    if record.caption:
-        said += _caption_findings(name, record.caption, length, trigger_token)
-    picture = Picture(record, (), tokens=length.tokens if length else 0)
-    if isinstance(found, Failure):
-        code = {"crashed": "decoder-crashed", "hung": "decoder-hung"}.get(found.kind, "damaged")
-        said.append(finding(code, name, reason=found.detail))
-    elif found:
-        said += [finding(code, name, **facts) for code, facts in found["notices"]]
-        if found["bad"]:
-            said.append(finding(found["bad"][0], name, **found["bad"][1]))
-        else:
-            picture = _with_facts(picture, found, sizes)
-            said += _fitness_findings(picture)
-    return replace(picture, findings=tuple(said))
+def read_exclusions(run_dir) -> dict[str, str]:
+    """{image_path: reason} of the pictures that the user leaves out; {} where nothing was excluded yet."""
+    return _read_notes(Path(run_dir) / EXCLUSIONS)
 
 
-def _with_facts(picture, found, sizes):
-    bucket = nearest_bucket(found["width"], found["height"], sizes)
-    kept = {name: found[name] for name in ("width", "height", "format", "sha256")}
-    return replace(picture, bucket=bucket, **kept)
+def read_overrides(run_dir) -> dict[str, str]:
+    """{image_path: caption} that the user wrote over the captions in the files; {} where there are none."""
+    return _read_notes(Path(run_dir) / OVERRIDES)
 
 
-def _fitness_findings(picture):
-    name, width, height = picture.image_path, picture.width, picture.height
-    bucket = f"{picture.bucket[0]}x{picture.bucket[1]}"
-    scale, lost = enlargement(width, height, picture.bucket), cut_off(width, height, picture.bucket)
-    if not name.lower().endswith(ENDINGS[picture.format]):
-        yield finding("wrong-ending", name, format=picture.format, expected=ENDINGS[picture.format][0])
-    if scale > TOO_SMALL:
-        code = "far-too-small" if scale > FAR_TOO_SMALL else "too-small"
-        yield finding(code, name, width=width, height=height, scale=scale, bucket=bucket)
-    if max(width, height) / min(width, height) > EXTREME_ASPECT:
-        yield finding("extreme-aspect", name, width=width, height=height, ratio=max(width, height) / min(width, height))
-    if lost > MUCH_CUT:
-        yield finding("crop-cuts", name, bucket=bucket, share=lost)
+def _read_notes(path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        notes = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): mend it or remove it.") from error
+    if not isinstance(notes, dict) or not all(isinstance(text, str) for text in notes.values()):
+        raise UserError(f'{path} must hold {{"picture": "text", ...}}: mend it or remove it.')
+    return notes
 
 
-def _caption_findings(name, caption, length, trigger):
-    if length.tail:
-        how = "about" if length.estimated else "exactly"
-        yield finding("caption-too-long", name, how=how, tokens=length.tokens, tail=length.tail)
-    if not trigger:
-        return
-    found = find_trigger(caption, trigger)
-    if found.spelled:
-        yield finding("trigger-spelling", name, trigger=trigger, found=found.spelled)
-    elif found.words_before is None:
-        yield finding("trigger-missing", name, trigger=trigger)
-    elif found.words_before:
-        yield finding("trigger-not-first", name, words=found.words_before)
+def with_overrides(records: Records, overrides: dict[str, str]) -> Records:
+    """The records with the user's captions laid over those of the files, which stay as they are."""
+    known = {record.image_path for record in records}
+    unknown = [finding("override-without-picture", name) for name in overrides if name not in known]
+    changed = [_override(record, overrides) for record in records]
+    return replace(records, records=changed, findings=records.findings + unknown)
+
+
+def _override(record, overrides):
+    if record.image_path not in overrides:
+        return record
+    caption, notices = decode_caption(overrides[record.image_path].encode("utf-8", "replace"))
+    kept = [
+        each for each in record.findings if not each.code.endswith("-caption") and not each.code.startswith("caption-")
+    ]
+    said = [finding(code, record.image_path, **facts) for code, facts in notices]
+    if not caption:
+        said.append(finding("empty-caption", record.image_path, expected=OVERRIDES))
+    return replace(record, caption=caption or None, findings=(*kept, *said))
+
+
+def _unknown_exclusions(records, exclusions):
+    known = {record.image_path for record in records}
+    return [finding("exclusion-without-picture", name) for name in exclusions if name not in known]

@@ -52,6 +52,7 @@ CODES = {
     "too-many-pixels": (ERROR, "{file} has {width:,} x {height:,} pixels, more than {limit} million.", "Scale it down; training uses a fraction of that."),
     "not-a-picture": (ERROR, "{file} is named like a picture but holds none that can be recognised.", _REPLACE),
     "damaged-zeros": (ERROR, "{file} begins with nothing but zeros: it was not copied completely.", _REPLACE),
+    "damaged-header": (ERROR, "{file} begins like a picture, but its header is damaged or cut off.", _REPLACE),
     "web-page": (ERROR, "{file} is a web page or text, not a picture: the download went wrong.", "Download the picture itself."),
     "truncated": (ERROR, "{file} breaks off before its last pixel ({reason}).", _REPLACE),
     "damaged": (ERROR, "{file} cannot be decoded ({reason}).", _REPLACE),
@@ -76,8 +77,8 @@ CODES = {
     "blurred": (WARNING, "{file} looks blurred at {resolution} px.", "Use a sharper picture: the LoRA learns the blur too."),
     "uniform": (WARNING, "{file} shows almost nothing but one colour.", "Look at it, and leave it out if it is empty."),
     "exact-duplicate": (WARNING, "{file} is the same file as {other}.", "Leave one out, or mean it: twins count double."),
-    "near-duplicate": (WARNING, "{file} is nearly the same picture as {other} ({how}).", "Keep the better one unless both add something."),
-    "held-out-twin": (WARNING, "{file} is held out but nearly the same as {other}, which is trained on.", "Replace it: scores on it would flatter the LoRA."),
+    "near-duplicate": (WARNING, "{file} is nearly the same picture as {other}: {how}.", "Keep the better one unless both add something."),
+    "held-out-twin": (WARNING, "{file} is held out but nearly the same as {other}, which is trained on: {how}.", "Replace it: scores on it would flatter the LoRA."),
     "dominating": (WARNING, "{file} with its repeats and twins makes up {share:.0%} of what training sees.", "Lower its repeats or leave twins out."),
     "few-pictures": (WARNING, "{count} pictures are few for a character.", "10 to 40 varied pictures work best."),
     # words
@@ -85,7 +86,8 @@ CODES = {
     "trigger-spelling": (WARNING, "The caption of {file} spells the trigger {found}, not {trigger}.", "Spell it {trigger} everywhere."),
     "trigger-not-first": (INFO, "The caption of {file} has the trigger only after {words} words.", "Put it first: early words weigh more."),
     "caption-too-long": (WARNING, "The caption of {file} has {how} {tokens} tokens; after 75 is cut: {tail}", "Shorten it, most important words first."),
-    "same-caption": (WARNING, "{file} has the same caption as {other} and {count} in all.", "Say what differs: what is not said is learned as part of the trigger."),
+    "same-caption": (WARNING, "{file} shares its caption with {other} ({count} pictures in all).", "Say what differs: what no caption says becomes part of the trigger."),
+    "exclusion-without-picture": (WARNING, "The exclusion list names {file}, which is not in the data set.", "Remove it from exclusions.json."),
     "override-without-picture": (WARNING, "A caption override names {file}, which is not in the data set.", "Remove it from caption_overrides.json."),
 }  # fmt: skip
 

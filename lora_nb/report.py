@@ -3,11 +3,12 @@
 import html
 import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from .buckets import plan_crop
-from .captions import Absorption
+from .buckets import drawn_place, plan_crop
+from .captions import Absorption, absorption, find_trigger
 from .errors import UserError
 from .findings import ERROR, SEVERITIES, WARNING, Finding, printable
 from .layouts import Record
@@ -40,6 +41,11 @@ class Picture:
         """The worst of its findings, or "ready"."""
         found = {each.severity for each in self.findings}
         return next((severity for severity in SEVERITIES[:2] if severity in found), "ready")
+
+    @property
+    def verdict(self) -> str:
+        """ "excluded", "error", "warning" or "ready"."""
+        return "excluded" if self.excluded is not None else self.severity
 
     @property
     def usable(self) -> bool:
@@ -105,26 +111,30 @@ class Report:
     pictures: list[Picture]
     findings: list[Finding]
     settings: dict
-    absorption: Absorption | None = None
     leave_out_errors: bool = False
-    statistics: dict = field(init=False)
 
-    def __post_init__(self):
-        self.statistics = statistics(self.pictures)
+    @cached_property
+    def statistics(self) -> dict:
+        """The numbers of the pictures that go on."""
+        return statistics(self.pictures, self.settings["trigger_token"])
+
+    @cached_property
+    def absorption(self) -> Absorption | None:
+        """Which words the trigger will absorb and which stay promptable; None without a trigger token."""
+        trigger = self.settings["trigger_token"]
+        train = [picture.record.caption for picture in self.usable if picture.record.split == "train"]
+        return absorption(train, trigger) if trigger else None
 
     @property
     def usable(self) -> list[Picture]:
         """The pictures that go on: neither excluded nor with an error."""
         return [picture for picture in self.pictures if picture.usable]
 
-    @property
+    @cached_property
     def all_findings(self) -> list[Finding]:
         """Errors first; within a severity in the order of the files. Excluded pictures have had their say."""
-        found = [
-            *self.findings,
-            *(each for picture in self.pictures if picture.excluded is None for each in picture.findings),
-        ]
-        return sorted(found, key=lambda each: (SEVERITIES.index(each.severity), each.file, each.code))
+        told = (each for picture in self.pictures if picture.excluded is None for each in picture.findings)
+        return sorted([*self.findings, *told], key=lambda each: (SEVERITIES.index(each.severity), each.file, each.code))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -135,23 +145,21 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """Whether training may start, and if not why, in one line."""
-        train = [picture for picture in self.usable if picture.record.split == "train"]
         errors = [each for each in self.all_findings if each.severity == ERROR]
-        total, warnings = len(self.pictures), self.counts[WARNING]
-        going = (
-            f"{len(self.usable)} of {total} pictures go in"
-            if len(self.usable) < total
-            else f"all {total} pictures go in"
-        )
+        train = [picture for picture in self.usable if picture.record.split == "train"]
         if not train:
-            return Verdict("not ready", f"none of {total} pictures can be trained on. {_first(errors)}".rstrip())
+            return Verdict(
+                "not ready", f"none of {_count(len(self.pictures), 'picture')} can be trained on.{_first(errors)}"
+            )
         if errors and not self.leave_out_errors:
-            more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
-            return Verdict("not ready", f"{_first(errors[:1])}{more and f' (And{more[4:]} errors.)'}")
+            return Verdict("not ready", f"{_count(len(errors), 'error')}.{_first(errors)}")
+        parts = [f"{_count(len(train), 'picture')} to train on, {len(self.usable) - len(train)} held out"]
+        if left_out := len(self.pictures) - len(self.usable):
+            parts.append(f"{left_out} left out")
+        warnings = self.counts[WARNING]
         if warnings or errors:
-            left_out = f", {len(errors)} errors left out" if errors else ""
-            return Verdict("ready with warnings", f"{going}{left_out}, {warnings} warnings to read.")
-        return Verdict("ready", f"{going}.")
+            return Verdict("ready with warnings", f"{', '.join(parts)}; {_count(warnings, 'warning')} to read.")
+        return Verdict("ready", f"{', '.join(parts)}.")
 
     @property
     def ready(self) -> bool:
@@ -185,9 +193,30 @@ class Report:
             self.pictures, key=lambda each: (-sum(weight[one.severity] for one in each.findings), each.image_path)
         )[:most]
 
+    def as_json(self) -> dict:
+        """The whole report as JSON-able values."""
+        return {
+            "verdict": self.verdict.level,
+            "sentence": self.verdict.sentence,
+            "layout": self.layout,
+            "counts": self.counts,
+            "statistics": self.statistics,
+            "findings": [
+                {
+                    "severity": each.severity,
+                    "code": each.code,
+                    "file": each.file,
+                    "message": each.message,
+                    "cure": each.cure,
+                }
+                for each in self.all_findings
+            ],
+            "pictures": [{"image_path": each.image_path, "verdict": each.verdict} for each in self.pictures],
+        }
+
     def manifest(self, folder) -> Manifest:
         """The usable pictures as a manifest that will lie in `folder`."""
-        samples = [_sample(picture) for picture in self.usable]
+        samples = [_sample(picture, self.settings) for picture in self.usable]
         left_out = [_excluded(picture) for picture in self.pictures if not picture.usable]
         metadata = {
             "dataset_root": relative_root(self.root, folder),
@@ -207,8 +236,15 @@ class Report:
         return manifest
 
 
+def _count(number, noun) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _first(errors) -> str:
-    return f"{errors[0].message} {errors[0].cure}" if errors else ""
+    if not errors:
+        return ""
+    more = " (The table of findings has the others.)" if len(errors) > 1 else ""
+    return f" {errors[0].message.rstrip('.')}. {errors[0].cure}{more}"
 
 
 def _show(value) -> str:
@@ -217,8 +253,12 @@ def _show(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def statistics(pictures) -> dict:
+def statistics(pictures, trigger: str | None) -> dict:
     """The numbers of a data set, over the pictures that are usable. Lengths in words and CLIP tokens, sizes in pixels."""
+
+    def has_trigger(picture):
+        return trigger and find_trigger(picture.record.caption, trigger).words_before is not None
+
     used = [picture for picture in pictures if picture.usable]
     train = [picture for picture in used if picture.record.split == "train"]
     return {
@@ -230,6 +270,7 @@ def statistics(pictures) -> dict:
         "height": _spread([picture.height for picture in used]),
         "caption_words": _spread([len(picture.record.caption.split()) for picture in used]),
         "caption_tokens": _spread([picture.tokens for picture in used]),
+        "trigger_coverage": round(sum(map(bool, map(has_trigger, used))) / len(used), 3) if used else 0.0,
         "formats": _tally(picture.format for picture in used),
         "buckets": _tally(f"{picture.bucket[0]}x{picture.bucket[1]}" for picture in used),
     }
@@ -243,9 +284,10 @@ def _tally(values) -> dict:
     return dict(sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _sample(picture: Picture) -> dict:
+def _sample(picture: Picture, settings) -> dict:
     record, bucket = picture.record, picture.bucket
-    crop = plan_crop(picture.width, picture.height, bucket)
+    at = (0.5, 0.5) if settings["center_crop"] else drawn_place(settings["seed"], picture.sha256)
+    crop = plan_crop(picture.width, picture.height, bucket, at)
     return {
         "image_path": record.image_path,
         "caption": record.caption,
