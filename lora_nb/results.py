@@ -18,6 +18,7 @@ from lora_nb.grids import labelled_grid
 from lora_nb.lora_file import DTYPES, read_lora, read_safetensors, write_safetensors
 from lora_nb.lora_names import sgm_blocks
 from lora_nb.metadata import with_hashes
+from lora_nb.report import Table
 from lora_nb.sampling import write_png
 
 BANDS = ("detail", "texture", "shapes", "layout")  # of loss_grid.TIMESTEPS
@@ -54,6 +55,28 @@ def _bands(evaluation, step) -> dict:
     part = "held_out" if evaluation.manifest.held_out() else "train"
     ratios = scores.loss_ratios(evaluation.losses(step)[part], evaluation.losses(0)[part])
     return {f"loss_{band}": float(ratio) for band, ratio in zip(BANDS, ratios, strict=True)}
+
+
+def score_table(rows: list[dict]) -> Table:
+    """Rows of scores to look at: means with their 95 % intervals, a star at the chosen one."""
+    names = [name for name in ("identity", "adherence", "diversity", "leak", "drift", "balance", "votes_won") if any(row.get(name) is not None for row in rows)]
+    cells = [
+        (
+            ("★ " if row.get("chosen") else "") + ("base" if row["step"] == 0 else f"step {row['step']}"),
+            f"{row['strength']:g}" if row["step"] else "", *(_interval(row, name) for name in names),
+            "" if row.get("copies") is None else f"{row['copies']:.0%}", _fixed(row.get("held_out_loss")),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return Table(("candidate", "strength", *names, "near copies", "held-out loss"), cells)
+
+
+def _interval(row, name) -> str:
+    return f"{row[name]:.3f} [{_fixed(row[f'{name}_low'])}, {_fixed(row[f'{name}_high'])}]" if row.get(name) is not None else ""
+
+
+def _fixed(value) -> str:
+    return "" if value is None or np.isnan(value) else f"{value:.3f}"
 
 
 def picture_learning(evaluation) -> list[dict]:

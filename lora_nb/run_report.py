@@ -17,7 +17,8 @@ from lora_nb.errors import UserError
 from lora_nb.files import write_atomic
 from lora_nb.manifest import best_manifest, read_manifest
 from lora_nb.metadata import library_versions, public_value
-from lora_nb.results import read_choice, read_scores
+from lora_nb.report import Table
+from lora_nb.results import read_choice, read_scores, score_table
 from lora_nb.runlog import read_metrics
 from lora_nb.votes import Votes
 
@@ -33,7 +34,7 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em a
 h1{font-size:1.6em}h2{font-size:1.2em;margin-top:2em;border-bottom:1px solid #ddd}img{max-width:100%;height:auto}
 table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px 2px 0;text-align:left;border-bottom:1px solid #eee}
 .choice{background:#f3f8f3;border-left:4px solid #2a7;padding:.6em 1em}.bad{background:#fbf3f0;border-color:#c53}
-tr.chosen{font-weight:bold}small{color:#777}"""
+small{color:#777}"""
 
 
 def write_report(run_dir, quality: int = 82) -> Path:
@@ -90,17 +91,6 @@ def _image(kind, data: bytes) -> str:
 
 def _scores(rows, choice) -> str:
     """Table with intervals, the curves, the front and the losses."""
-    names = ["identity", "adherence", "diversity", "leak", "drift", "balance"] + (["votes_won"] if any(row["votes"] for row in rows) else [])
-    names = [name for name in names if any(row.get(name) is not None for row in rows)]
-    head = ("step", "strength", *names, "copies", "held-out loss")
-    cells = [
-        (
-            "base" if row["step"] == 0 else row["step"], row["strength"] or "", *(_interval(row, name) for name in names),
-            "" if row.get("copies") is None else f"{row['copies']:.0%}", _number(row.get("held_out_loss")),
-        )
-        for row in rows
-    ]  # fmt: skip
-    chosen = [n for n, row in enumerate(rows) if row.get("chosen")]
     scorers = " and ".join(html.escape(str(public_value(name))) for name in dict.fromkeys(choice["scorers"]))
     words = (
         f"<p><small>Means with 95 % bootstrap intervals over prompts and seeds, by {scorers}. Identity: cosine to {choice['references']} held-out "
@@ -110,15 +100,7 @@ def _scores(rows, choice) -> str:
     figures = [plots.score_curves(rows), plots.score_front(rows)]
     if any(name.startswith("loss_") for name in rows[0]) and any(row.get("held_out_loss") for row in rows):
         figures.append(plots.loss_bands(rows))
-    return _table(head, cells, chosen) + words + "".join(map(_figure, figures))
-
-
-def _interval(row, name) -> str:
-    return "" if row.get(name) is None else f"{row[name]:.3f} [{_number(row.get(f'{name}_low'))}, {_number(row.get(f'{name}_high'))}]"
-
-
-def _number(value) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return score_table(rows)._repr_html_() + words + "".join(map(_figure, figures))
 
 
 def _learning(run_dir) -> str:
@@ -155,10 +137,5 @@ def _settings(run_dir) -> str:
     return "<p>Settings that are not at their default:</p>" + _table(("setting", "default", "here", "why"), rows)
 
 
-def _table(head, rows, chosen=()) -> str:
-    titles = "".join(f"<th>{html.escape(str(name))}</th>" for name in head)
-    lines = (
-        f'<tr{" class=chosen" if n in chosen else ""}>' + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for n, row in enumerate(rows)
-    )
-    return f"<table><tr>{titles}</tr>{''.join(lines)}</table>"
+def _table(head, rows) -> str:
+    return Table(head, rows, page_size=1000)._repr_html_()
