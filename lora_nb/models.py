@@ -216,11 +216,11 @@ def generate_pairs(
             conditioning["negative_prompt"] = [negative_prompt] * len(batch) if negative_prompt else None
         else:
             conditioning = _conditioning(pipeline, embeddings[start : start + batch_size], negative_embeddings)
-        result = pipeline(
+        latents = pipeline(
             **conditioning, generator=[torch.Generator().manual_seed(seed) for _, seed in batch], height=height, width=width,
-            num_inference_steps=steps, guidance_scale=guidance_scale,
-        )  # fmt: skip
-        pictures += result.images
+            num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent",
+        ).images  # fmt: skip
+        pictures += decode_latents(pipeline.vae, latents)
         on_event(Progress("pictures", len(pictures), len(pairs), batch[-1][0]))
     return pictures
 
@@ -230,10 +230,23 @@ def _conditioning(pipeline, embeddings, negative) -> dict[str, torch.Tensor]:
     negatives = [negative or tuple(map(torch.zeros_like, pair)) for pair in embeddings]
     names = ("prompt_embeds", "pooled_prompt_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds")
     values = (*zip(*embeddings, strict=True), *zip(*negatives, strict=True))
-    return {
-        name: torch.cat(value).to(dtype=pipeline.unet.dtype, device=pipeline._execution_device)
-        for name, value in zip(names, values, strict=True)
-    }
+    base = pipeline.unet.conv_in.weight  # where and what the frozen base is; LoRA weights may be of another type
+    return {name: torch.cat(value).to(base) for name, value in zip(names, values, strict=True)}
+
+
+@torch.no_grad()
+def decode_latents(vae, latents) -> list:
+    """PIL pictures of scaled latents [B, C, h, w], in the VAE's own dtype: under autocast to fp16 it would overflow."""
+    config = vae.config
+    if config.latents_mean is not None:
+        mean, std = (torch.tensor(values, device=latents.device).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))  # fmt: skip
+        latents = latents * std / config.scaling_factor + mean
+    else:
+        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
+    with torch.autocast(vae.device.type, enabled=False):
+        images = torch.cat([vae.decode(one[None].to(vae.device, vae.dtype)).sample for one in latents])
+    pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
 
 
 def load_lora(pipeline, path, strength: float = 1.0) -> None:

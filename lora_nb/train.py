@@ -3,42 +3,33 @@
 A run goes on by itself from its newest whole checkpoint, to the bits of a run that was never stopped.
 """
 
-import hashlib
 import json
 import signal
 import threading
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from lora_nb import cache, models
-from lora_nb.checkpoint import (
-    check_space,
-    latest_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
+from lora_nb.checkpoint import check_space, latest_checkpoint, list_checkpoints, load_checkpoint, prune, save_checkpoint
 from lora_nb.config import FREE_TO_CHANGE, Config
-from lora_nb.draws import draw, generator_of, indices_at
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, ignore
 from lora_nb.export import ExportResult, diffusers_tensors, export_lora
 from lora_nb.files import sha256_file
+from lora_nb.job import Job, prepare
 from lora_nb.lora_file import lora_of
-from lora_nb.losses import diffusion_loss, sample_posterior, scale_latents
-from lora_nb.manifest import best_manifest, read_manifest
-from lora_nb.memory import is_out_of_memory, out_of_memory, peak_memory, quantize_nf4, release, save_memory
+from lora_nb.manifest import best_manifest
+from lora_nb.memory import is_out_of_memory, out_of_memory, peak_memory, release
 from lora_nb.metadata import lora_metadata
-from lora_nb.optimizers import build_optimizer, learning_rate_factor, pack_state, unpack_state
+from lora_nb.optimizers import pack_state, unpack_state
 from lora_nb.runlog import Metrics, only_trainer, write_status, write_summary
+from lora_nb.step import accumulate, check_learning, optimise, synchronise
 from lora_nb.validation import Validator, live_embeddings
-from lora_nb.weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
 ENDLESS = ("constant", "constant_with_warmup")  # schedules that do not depend on max_steps
@@ -55,39 +46,6 @@ class Run:
     seconds: float
     checkpoints: tuple[Path, ...]
     export: ExportResult | None = None
-
-
-@dataclass
-class Job:
-    """Everything that a step needs. `batch` pictures make a step, over all processes and micro-batches."""
-
-    config: Config
-    accelerator: Accelerator
-    source: cache.Samples
-    samples: list
-    unet: torch.nn.Module
-    text: tuple[list, list] | None  # tokenizers and text encoders, if these are trained
-    noise_scheduler: object
-    vae_config: dict
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    trainable: dict[str, torch.nn.Parameter]
-    rate_factor: object
-    zeros_for_empty: bool
-    batch: int
-    micro_batch: int
-    identity: dict  # hashes of data and weights, which a continuation must share
-    base_rates: list[float] = field(default_factory=list)
-
-    @property
-    def device(self) -> torch.device:
-        return self.accelerator.device
-
-    def autocast(self):
-        """Half-precision arithmetic where the settings ask for it."""
-        if self.config.mixed_precision == "no":
-            return nullcontext()
-        return torch.autocast(self.device.type, models.DTYPES[self.config.mixed_precision])
 
 
 def train(config: Config, on_event=ignore) -> Run:
@@ -115,247 +73,6 @@ def train(config: Config, on_event=ignore) -> Run:
             if isinstance(error, UserError):
                 raise error from None
             raise
-
-
-# --- preparing ---------------------------------------------------------------------------------------------------
-
-
-def prepare(config: Config, accelerator: Accelerator, on_event=ignore) -> Job:
-    """Load the base, add LoRA, open the data, build the optimizer; nothing is trained yet."""
-    half = models.DTYPES.get(config.precision) or models.DTYPES.get(config.mixed_precision, torch.float32)
-    noise_scheduler = models.load_part(config.base_model, "noise_scheduler")
-    _check_prediction(noise_scheduler, config)
-    source, identity = _open_data(config, accelerator, half, on_event)
-    samples = [sample for sample in source.manifest.train() for _ in range(sample.repeats)]
-    if not samples:
-        raise UserError(f"The manifest in {config.run_dir} has no pictures to train on: run notebook 01 again and see its findings.")
-
-    unet, text, groups = _load_trainable(config, accelerator.device, half)
-    trainable = {name: parameter for _, parameters in groups for name, parameter in parameters.items()}
-    optimizer = build_optimizer(
-        config.optimizer, [{"params": list(parameters.values()), "lr": rate} for rate, parameters in groups],
-        use_8bit_adam=config.use_8bit_adam, betas=(config.adam_beta1, config.adam_beta2),
-        epsilon=config.adam_epsilon, weight_decay=config.weight_decay,
-    )  # fmt: skip
-    job = Job(
-        config, accelerator, source, samples, unet, text, noise_scheduler,
-        models.vae_config(config.base_model, config.vae_model), optimizer,
-        torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"), trainable,
-        learning_rate_factor(config.lr_scheduler, config.lr_warmup_steps, config.max_steps, config.learning_rate,
-                             config.lr_num_cycles, config.lr_power),
-        models.zeros_for_empty_prompt(config.base_model),
-        batch=config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes,
-        micro_batch=config.batch_size, identity=identity, base_rates=[rate for rate, _ in groups],
-    )  # fmt: skip
-    _check_frozen(job)
-    return job
-
-
-def _check_prediction(noise_scheduler, config) -> None:
-    settings = noise_scheduler.config
-    if settings.prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"{config.base_model} predicts {settings.prediction_type!r} (scheduler_config.json), which this engine cannot train.")
-    zero_terminal = noise_scheduler.alphas_cumprod[-1] < 1e-6
-    if zero_terminal and settings.prediction_type == "epsilon" and (config.snr_gamma or config.debiased_estimation):
-        raise UserError(
-            f"{config.base_model} has zero terminal SNR and predicts epsilon: weights by SNR are not finite there; "
-            "set snr_gamma: null and debiased_estimation: false, or correct prediction_type in its scheduler_config.json."
-        )
-
-
-def _open_data(config, accelerator, dtype, on_event):
-    """Where latents and embeddings come from, and the hashes that a continuation must share."""
-    manifest = read_manifest(best_manifest(config.run_dir))
-    if manifest.metadata.resolution != config.resolution:
-        raise UserError(f"The manifest is for {manifest.metadata.resolution} px and resolution is {config.resolution}: run notebook 01 again with the same settings.")  # fmt: skip
-    if not config.buckets and any(width != height for width, height in (sample.bucket for sample in manifest.train())):
-        raise UserError("buckets is false and the manifest has pictures that are not square: run notebook 01 again with the same settings.")  # fmt: skip
-    weights = cache.weights_of(config.base_model, config.vae_model)
-    device, stay = accelerator.device, not config.enable_cpu_offload
-    if any(sample.latent_path for sample in manifest.samples):
-        source = cache.cached_samples(manifest, weights, config.random_flip)
-        if not config.train_text_encoder and accelerator.is_main_process:
-            wanted = ["", config.validation_negative_prompt, *config.prompts]
-            if made := cache.encode_captions(manifest.folder, wanted, config.base_model, weights, dtype, device, on_event):
-                on_event(Notice(f"{made} new prompts were encoded and added to the cache."))
-                release()
-        accelerator.wait_for_everyone()
-    else:
-        on_event(Notice("There are no cached latents: pictures and captions are encoded as training goes."))
-        source = cache.fresh_samples(manifest, config.base_model, config.vae_model, dtype=dtype, device=device, stay=stay)
-    seen = [[s.sha256, s.caption, s.repeats, s.bucket, s.crop_top_left, s.split] for s in manifest.samples]
-    data = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return source, {"data": data, "unet": fingerprint(config.base_model, "unet"), "vae": weights.vae, "text": weights.text}
-
-
-def _load_trainable(config, device, dtype):
-    """The UNet and, if they are trained, tokenizers and text encoders; and (learning rate, named parameters) groups."""
-    lora = {"rank": config.lora_rank, "alpha": config.lora_alpha, "dropout": config.lora_dropout, "rslora": config.use_rslora}
-    unet = models.load_part(config.base_model, "unet", dtype)
-    if config.precision == "nf4":
-        quantize_nf4(unet, dtype)
-    unet.to(device)
-    models.add_lora(unet, targets=config.lora_target_modules, seed=config.seed, **lora)
-    save_memory(unet.train(), config.gradient_checkpointing, config.enable_xformers)
-    groups = [(config.learning_rate, _trainable(unet, "unet"))]
-    if not config.train_text_encoder:
-        return unet, None, groups
-    tokenizers, text_encoders = models.load_text_encoders(config.base_model, dtype, device)
-    rates = config.text_encoder_learning_rates
-    for number, (text_encoder, rate) in enumerate(zip(text_encoders, rates, strict=True), start=1):
-        if not rate:
-            continue
-        models.add_lora(text_encoder, targets=models.TEXT_TARGETS, seed=config.seed + number, **lora)
-        save_memory(text_encoder, config.gradient_checkpointing)
-        if number == 1:  # SDXL reads the last but one layer of encoder 1: its last layer never gets a gradient
-            text_encoder.get_submodule(_last_layer(text_encoder)).requires_grad_(False)
-        groups.append((rate, _trainable(text_encoder, "text_encoder" if number == 1 else "text_encoder_2")))
-    return unet, (tokenizers, text_encoders), groups
-
-
-def _trainable(model, part) -> dict:
-    return {f"{part}.{name}": parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _last_layer(text_encoder) -> str:
-    suffix = f"encoder.layers.{text_encoder.config.num_hidden_layers - 1}"
-    return next(name for name, _ in text_encoder.named_modules() if name.endswith(suffix))
-
-
-def _check_frozen(job) -> None:
-    """Only the LoRA may learn."""
-    modules = [job.unet, *(job.text[1] if job.text else [])]
-    learning = {id(parameter) for module in modules for parameter in module.parameters() if parameter.requires_grad}
-    if learning != {id(parameter) for parameter in job.trainable.values()}:
-        raise RuntimeError("weights of the base require gradients, or LoRA weights do not")
-
-
-# --- one step ----------------------------------------------------------------------------------------------------
-
-
-def draws_at(job: Job, step: int) -> list:
-    """This process's draws of a step (from 0)."""
-    config, vae = job.config, job.vae_config
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    share = job.batch // job.accelerator.num_processes
-    first = job.accelerator.process_index * share
-    indices = indices_at(step, tuple(sample.bucket for sample in job.samples), job.batch, config.seed)
-    return [
-        draw(
-            index, step * job.batch + place, _latent_shape(vae["latent_channels"], job.samples[index].bucket, scale),
-            config.seed, flips=config.random_flip, caption_dropout=config.caption_dropout,
-            noise_offset=config.noise_offset, timesteps=job.noise_scheduler.config.num_train_timesteps,
-        )
-        for place, index in list(enumerate(indices))[first : first + share]
-    ]  # fmt: skip
-
-
-def _latent_shape(channels, bucket, scale):
-    return channels, bucket[1] // scale, bucket[0] // scale
-
-
-def micro_batches(job: Job, draws: list) -> list[list]:
-    """Draws in groups of one bucket, at most `job.micro_batch` each."""
-    by_bucket: dict = {}
-    for one in draws:
-        by_bucket.setdefault(job.samples[one.index].bucket, []).append(one)
-    size = job.micro_batch
-    return [group[at : at + size] for group in by_bucket.values() for at in range(0, len(group), size)]
-
-
-def losses_of(job: Job, group: list, train_text: bool = False) -> torch.Tensor:
-    """Loss of each draw of a group of one bucket, float32 [B]."""
-    config, device = job.config, job.device
-    samples = [job.samples[one.index] for one in group]
-    captions = ["" if one.drop_caption else sample.caption for one, sample in zip(group, samples, strict=True)]
-    posterior = torch.stack([job.source.latents(sample, one.flip) for one, sample in zip(group, samples, strict=True)])
-    latents = sample_posterior(posterior.to(device), torch.stack([one.posterior_noise for one in group]).to(device))
-    ids = [models.time_ids(s.original_size, s.crop_top_left, s.target_size) for s in samples]
-    with job.autocast():
-        prompt_embeds, pooled_prompt_embeds = _text_of(job, captions, train_text)
-        return diffusion_loss(
-            job.unet, job.noise_scheduler, scale_latents(latents, job.vae_config),
-            torch.stack([one.noise for one in group]).to(device),
-            torch.tensor([one.timestep for one in group], device=device),
-            prompt_embeds, pooled_prompt_embeds, torch.tensor(ids, dtype=torch.float32, device=device),
-            snr_gamma=config.snr_gamma, debiased=config.debiased_estimation, loss_type=config.loss_type, huber_c=config.huber_c,
-        )  # fmt: skip
-
-
-def _text_of(job, captions, train_text):
-    if job.text is None:
-        pairs = [job.source.embeddings(caption) for caption in captions]
-        return tuple(torch.stack(parts).to(job.device) for parts in zip(*pairs, strict=True))
-    with torch.set_grad_enabled(train_text):
-        embeds = models.encode_prompts(*job.text, captions)
-    if job.zeros_for_empty:
-        said = torch.tensor([bool(caption) for caption in captions], device=job.device)
-        embeds = tuple(part * said.view(-1, *[1] * (part.ndim - 1)) for part in embeds)
-    return embeds
-
-
-def accumulate(job: Job, step: int) -> tuple[float, list]:
-    """Gradients of a step's mean loss, from all micro-batches and processes. Returns that loss and this process's draws."""
-    config, draws = job.config, draws_at(job, step)
-    train_text = job.text is not None and step < (config.text_encoder_stop_step or float("inf"))
-    seen = []
-    for number, group in enumerate(micro_batches(job, draws)):
-        if config.lora_dropout:
-            torch.manual_seed(generator_of(config.seed, "dropout", step, number, job.accelerator.process_index).initial_seed())
-        losses = losses_of(job, group, train_text)
-        job.scaler.scale(losses.sum() / job.batch).backward()
-        seen += zip(group, losses.detach(), strict=True)
-    values = torch.stack([loss for _, loss in seen]).tolist()
-    bad = [(one, value) for (one, _), value in zip(seen, values, strict=True) if not -float("inf") < value < float("inf")]
-    if bad:
-        named = ", ".join(f"{job.samples[one.index].image_path} at timestep {one.timestep}" for one, _ in bad)
-        raise UserError(f"The loss of step {step + 1} is not finite ({named}): nothing was updated; look at these pictures, lower learning_rate, or take bf16 for fp16.")  # fmt: skip
-    return sum(values) / job.batch, draws
-
-
-def synchronise(job: Job, loss: float, stop: bool) -> tuple[float, bool]:
-    """Add up gradients and loss of all processes in one message; any that wants to stop stops all."""
-    if job.accelerator.num_processes == 1:
-        return loss, stop
-    parameters = [parameter for parameter in job.trainable.values() if parameter.grad is not None]
-    flat = torch.cat([*(p.grad.flatten() for p in parameters), torch.tensor([loss, float(stop)], device=job.device)])
-    flat = job.accelerator.reduce(flat, reduction="sum")
-    for parameter, grad in zip(parameters, flat[:-2].split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(grad.view_as(parameter))
-    return flat[-2].item(), bool(flat[-1])
-
-
-def optimise(job: Job, step: int) -> float:
-    """Clip and apply the gradients at the learning rates of `step`; returns their norm."""
-    for group, rate in zip(job.optimizer.param_groups, job.base_rates, strict=True):
-        group["lr"] = rate * job.rate_factor(step)
-    job.scaler.unscale_(job.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(job.trainable.values(), job.config.max_grad_norm or float("inf")).item()
-    if not -float("inf") < norm < float("inf") and not job.scaler.is_enabled():
-        raise UserError(f"The gradient of step {step + 1} is not finite: nothing was updated; lower learning_rate, or take bf16 for fp16.")
-    job.scaler.step(job.optimizer)  # skips the update where fp16 overflowed, and update() lowers the scale
-    job.scaler.update()
-    return norm
-
-
-def check_learning(job: Job, step: int, draws: list) -> bool:
-    """After an early step: every LoRA weight has a finite gradient, and those that have one moved.
-
-    Returns whether there was something to see: with a learning rate of 0 (warm-up), or captions all dropped, a later
-    step is looked at. Raises UserError that names what does not learn.
-    """
-    resting = job.text is not None and step >= (job.config.text_encoder_stop_step or float("inf"))
-    parts = ("unet.",) if resting else ("unet.", "text_encoder")
-    watched = {name: parameter for name, parameter in job.trainable.items() if name.startswith(parts)}
-    lost = [name for name, parameter in watched.items() if parameter.grad is None or not torch.isfinite(parameter.grad).all()]
-    if lost and not job.scaler.is_enabled():
-        raise UserError(f"{len(lost)} of {len(watched)} LoRA weights got no finite gradient, {lost[0]} first: they would not learn; try another lora_target_modules or precision.")  # fmt: skip
-    if lost or job.optimizer.param_groups[0]["lr"] == 0 or all(one.drop_caption for one in draws):
-        return False
-    still = [name for name, p in watched.items() if "lora_B" in name and p.grad.any() and not p.any()]
-    if still:
-        raise UserError(f"{len(still)} LoRA modules have a gradient and did not move, {still[0]} first: raise learning_rate or change optimizer.")  # fmt: skip
-    return True
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------
@@ -445,17 +162,10 @@ def stop_on_interrupt():
 # --- keeping and going on ----------------------------------------------------------------------------------------
 
 
-def adapters(job: Job) -> list:
-    """The LoRA modules of the UNet and of the text encoders that have one."""
-    models_by_part = {"unet": job.unet}
-    if job.text:
-        models_by_part |= dict(zip(("text_encoder", "text_encoder_2"), job.text[1], strict=True))
-    return [module for part, model in models_by_part.items() for module in lora_of(model, part)]
-
-
 def save(job: Job, step: int, window: list[float]) -> Path:
     """A checkpoint of everything that the next step depends on."""
-    tensors, settings = diffusers_tensors(adapters(job), torch.float32)
+    modules = [module for part, model in job.parts.items() for module in lora_of(model, part)]
+    tensors, settings = diffusers_tensors(modules, torch.float32)
     optimizer, tree = pack_state(job.optimizer)
     state = {
         "step": step, "config": job.config.model_dump(), "batch": job.batch, "identity": job.identity,
@@ -474,12 +184,12 @@ def resume(job: Job, on_event) -> tuple[int, list[float]]:
         return 0, []
     tensors, optimizer, state = load_checkpoint(path)
     check_continuity(job, state)
-    parts = {"unet": job.unet} | (dict(zip(("text_encoder", "text_encoder_2"), job.text[1], strict=True)) if job.text else {})
-    for part, model in parts.items():
+    for part, model in job.parts.items():
         own = {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        if part != "unet" and not hasattr(model, "text_model"):  # transformers 5 has flattened it, files have not
+            own = {name.removeprefix("text_model."): value for name, value in own.items()}
         if own:
-            flat = part != "unet" and not hasattr(model, "text_model")
-            models.load_lora_state_dict(model, {name.removeprefix("text_model.") if flat else name: value for name, value in own.items()})
+            models.load_lora_state_dict(model, own)
     unpack_state(job.optimizer, optimizer, state["optimizer"])
     job.scaler.load_state_dict(state["scaler"])
     on_event(Notice(f"Going on after step {state['step']} from {path}."))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lora_nb.buckets import buckets, nearest_bucket, plan_crop
 from lora_nb.config import Config, build
 from lora_nb.manifest import PLAIN, CropRecord, Manifest, ManifestFile, Metadata, Sample, write_manifest
-from lora_nb.buckets import buckets, nearest_bucket, plan_crop
 
 SIZES = [(80, 80), (90, 90), (70, 70), (60, 100), (100, 60), (64, 64), (66, 110)]  # three buckets at 64 px
 FAST = {
