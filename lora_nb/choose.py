@@ -111,23 +111,23 @@ def balance(candidate: Candidate, scale: Scale) -> Estimate:
     """Harmonic mean of the identity and adherence shares, with its interval: 0 as the base draws, 1 ideal."""
     draws = _balance_draws(candidate, scale)
     low, high = np.percentile(draws, [2.5, 97.5])
-    shares = _shares(candidate.identity.mean(), candidate.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
-    return Estimate(float(_harmonic(*shares)), float(low), float(high))
+    own = shares(candidate.identity.mean(), candidate.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
+    return Estimate(float(harmonic(*own)), float(low), float(high))
 
 
 def _balance_draws(candidate, scale) -> np.ndarray:
     grids = candidate.identity, candidate.adherence, scale.base_identity, scale.base_adherence
-    return _harmonic(*_shares(*map(bootstrap_means, grids), scale))
+    return harmonic(*shares(*map(bootstrap_means, grids), scale))
 
 
-def _shares(identity, adherence, base_identity, base_adherence, scale):
+def shares(identity, adherence, base_identity, base_adherence, scale):
     """identity: share of the way from base to references; adherence: share of the base's that is above chance."""
     way = np.maximum(scale.identity_ceiling - base_identity, 1e-6)
     kept = np.maximum(base_adherence - scale.adherence_by_chance, 1e-6)
     return (identity - base_identity) / way, (adherence - scale.adherence_by_chance) / kept
 
 
-def _harmonic(a, b):
+def harmonic(a, b):
     a, b = np.clip(a, 1e-6, 1), np.clip(b, 1e-6, 1)
     return 2 * a * b / (a + b)
 
@@ -182,7 +182,7 @@ def _verdict(chosen, barred, turn, rising) -> str:
 
 
 def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
-    a, b = _shares(chosen.identity.mean(), chosen.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
+    a, b = shares(chosen.identity.mean(), chosen.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
     reasons = [
         f"Likeness: {a:.0%} of the way from the base model to the held-out references "
         f"({estimate(chosen.identity)}; base {scale.base_identity.mean():.3f}, references {scale.identity_ceiling:.3f}).",

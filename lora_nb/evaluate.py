@@ -72,19 +72,22 @@ class Evaluation:
 
     # ---- what is compared with
 
+    @cached_property
     def references(self) -> list:
         """PIL pictures of the character that training never saw; its training pictures where fewer than two are held out."""
         held_out = self.manifest.held_out()
         return self._opened(held_out if len(held_out) > 1 else self.manifest.train())
 
+    @cached_property
     def training_pictures(self) -> list:
+        """PIL pictures as training sees them."""
         return self._opened(self.manifest.train())
 
     def scale(self) -> Scale:
         """Where the scores' zero and one lie: the base and the references."""
         base, texts = self._vectors(self.draw(0).pictures), self.embedder.texts(self.plan.texts)
         worded = self._vectors(self.draw(0).pictures, self.embedder)
-        references = self.picture_embedder.pictures(self.references())
+        references = self.picture_embedder.pictures(self.references)
         return Scale(
             scores.identity(base, references), scores.identity_ceiling(references),
             scores.adherence_by_chance(worded, texts), scores.adherence(worded, texts),
@@ -101,7 +104,7 @@ class Evaluation:
     @cached_property
     def _training_marks(self):
         """Vectors [T, D] and hashes of the training pictures, and the limits beyond which a sample is a copy of one."""
-        training, held_out = self.training_pictures(), self._opened(self.manifest.held_out())
+        training, held_out = self.training_pictures, self._opened(self.manifest.held_out())
         vectors, hashes = self.picture_embedder.pictures(training), picture_hashes(training)
         new = self.picture_embedder.pictures(held_out) if held_out else np.empty((0, vectors.shape[1]))
         new_hashes = picture_hashes(held_out) if held_out else np.empty((0, hashes.shape[1]), bool)
@@ -124,7 +127,7 @@ class Evaluation:
 
     def _measure(self, step, strength, on_event) -> Candidate:
         drawn, base = self.draw(step, strength, on_event), self.draw(0, on_event=on_event)
-        texts, references = self.embedder.texts(self.plan.texts), self.picture_embedder.pictures(self.references())
+        texts, references = self.embedder.texts(self.plan.texts), self.picture_embedder.pictures(self.references)
         vectors, base_vectors, quiet, base_quiet = map(self._vectors, (drawn.pictures, base.pictures, drawn.quiet, base.quiet))
         likeness = scores.identity(vectors, references)
         gain = float((likeness - scores.identity(base_vectors, references)).mean())

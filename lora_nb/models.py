@@ -244,7 +244,8 @@ def decode_latents(vae, latents) -> list:
     else:
         latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
     with torch.autocast(vae.device.type, enabled=False):
-        images = torch.cat([vae.decode(one[None].to(vae.device, vae.dtype)).sample for one in latents])
+        device = latents.device if hasattr(vae, "_hf_hook") else vae.device  # under offloading it comes to the latents
+        images = torch.cat([vae.decode(one[None].to(device, vae.dtype)).sample for one in latents])
     pixels = (images.float() / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]
 

@@ -154,7 +154,7 @@ def copies_grid(evaluation, step: int, strength: float = 1.0, pairs: int = 6) ->
     copies = evaluation.copies(step, strength)
     paths = [path for row in evaluation.draw(step, strength).pictures for path in row]
     order = np.argsort(-(copies.similarity + 2 * copies.copied))[:pairs]
-    training = evaluation.training_pictures()
+    training = evaluation.training_pictures
     rows = [[paths[n] for n in order], [training[copies.nearest[n]] for n in order]]
     labels = [f"{copies.similarity[n]:.2f}, {copies.hash_distance[n]:.0%} of bits" for n in order]
     marks = [(row, column) for column, n in enumerate(order) if copies.copied[n] for row in (0, 1)]

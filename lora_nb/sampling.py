@@ -35,13 +35,21 @@ class Painter:
             "guidance_scale": guidance_scale, "negative_prompt": negative_prompt,
         }  # fmt: skip
         self._load = lambda: models.load_pipeline(base_model, dtype, device, vae_model, scheduler)
-        self._pipeline, self._device, self._loaded = None, device, None
+        self._pipeline, self._device, self._loaded, self._hashes = None, device, None, {}
 
     def path(self, prompt: str, seed: int, lora=None, strength: float = 1.0) -> Path:
         """Where this picture lies, drawn or not. `lora` is a .safetensors file; its bytes count, not its name."""
-        weights = [sha256_file(lora), float(strength)] if lora and strength else None
+        weights = [self._sha256(lora), float(strength)] if lora and strength else None
         recipe = json.dumps([self.recipe, weights, prompt, seed], sort_keys=True)
         return self.folder / f"{hashlib.sha256(recipe.encode()).hexdigest()[:24]}.png"
+
+    def _sha256(self, lora) -> str:
+        """A file's hash, computed again only if the file has changed."""
+        stat = Path(lora).stat()
+        key = (str(lora), stat.st_mtime_ns, stat.st_size)
+        if key not in self._hashes:
+            self._hashes[key] = sha256_file(lora)
+        return self._hashes[key]
 
     def draw(self, prompts, seeds, lora=None, strength: float = 1.0, on_event=ignore) -> list[list[Path]]:
         """Paths of the pictures, a list a prompt with one a seed. Pictures that lie there already are not drawn again."""

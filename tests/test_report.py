@@ -6,10 +6,11 @@ import pytest
 from evaluation_run import make_run, untrained_clip
 
 from lora_nb import plots, results
+from lora_nb.assess import assess
 from lora_nb.choose import Choice
 from lora_nb.errors import UserError
 from lora_nb.evaluate import open_evaluation
-from lora_nb.run_report import write_report
+from lora_nb.run_report import GRIDS, write_report
 from lora_nb.votes import Votes, make_pairs
 from lora_nb.widgets import ab_picker
 
@@ -79,3 +80,9 @@ def test_the_picker_shows_pairs_blind_and_reports_each_answer(evaluation):
     row.children[1].click()  # nothing is left to judge
     assert heard == [(pairs[0], "left"), (pairs[1], "same")]
     assert "Thank you" in title.value and all(button.disabled for button in row.children)
+
+
+def test_the_whole_evaluation_in_one_call(evaluation):
+    choice = assess(evaluation.run_dir, scorer=evaluation.embedder.name, num_prompts=2, seeds=(1, 2), device="cpu", strengths=(0.8,))
+    assert choice.sentence in (evaluation.run_dir / "evaluation" / "report.html").read_text()
+    assert {path.stem for path in (evaluation.folder / "grids").iterdir()} == set(GRIDS)
