@@ -10,6 +10,8 @@ import numpy as np
 
 from lora_nb.scores import Estimate, bootstrap_means, estimate
 
+LEAST_ADHERENCE = 0.005  # cosine above chance, below which a scorer does not tell prompts apart
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -71,13 +73,14 @@ class Choice:
 def choose(candidates: list[Candidate], scale: Scale, guards: Guards = Guards()) -> Choice:  # noqa: B008  it is frozen
     """The candidate with the best balance; of those within one standard error of it the earliest and nearest to 1.0."""
     candidates = sorted(candidates, key=lambda c: (c.step, abs(c.strength - 1)))
-    gains = [estimate(c.identity - scale.base_identity) for c in candidates]
-    if all(gain.low <= 0 for gain in gains):
-        return _learned_nothing(gains)
+    gains = {c.name: estimate(c.identity - scale.base_identity) for c in candidates}
+    learned = [c for c in candidates if gains[c.name].low > 0]
+    if not learned:
+        return _learned_nothing(gains.values())
     barred = {c.name: why for c in candidates if (why := _barred(c, guards))}
-    free = [c for c in candidates if c.name not in barred]
+    free = [c for c in learned if c.name not in barred]
     # If all are barred, the least offender is still an answer, and the verdict says what is wrong with it.
-    pool = free or [min(candidates, key=lambda c: max(c.copies / guards.copies, c.leak.mean() / guards.leak))]
+    pool = free or [min(learned, key=lambda c: max(c.copies / guards.copies, c.leak.mean() / guards.leak))]
     balances = {c.name: _balance_draws(c, scale) for c in pool}
     best = max(pool, key=lambda c: balances[c.name].mean())
     chosen = next(c for c in pool if _as_good(balances[c.name], balances[best.name]))
@@ -123,7 +126,7 @@ def _balance_draws(candidate, scale) -> np.ndarray:
 def shares(identity, adherence, base_identity, base_adherence, scale):
     """identity: share of the way from base to references; adherence: share of the base's that is above chance."""
     way = np.maximum(scale.identity_ceiling - base_identity, 1e-6)
-    kept = np.maximum(base_adherence - scale.adherence_by_chance, 1e-6)
+    kept = np.maximum(base_adherence - scale.adherence_by_chance, LEAST_ADHERENCE)
     return (identity - base_identity) / way, (adherence - scale.adherence_by_chance) / kept
 
 
@@ -186,7 +189,7 @@ def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
     reasons = [
         f"Likeness: {a:.0%} of the way from the base model to the held-out references "
         f"({estimate(chosen.identity)}; base {scale.base_identity.mean():.3f}, references {scale.identity_ceiling:.3f}).",
-        f"Obedience: it keeps {b:.0%} of how the base follows prompts ({estimate(chosen.adherence)}; base {scale.base_adherence.mean():.3f}).",
+        f"Obedience: it keeps {max(b, 0):.0%} of how the base follows prompts ({estimate(chosen.adherence)}; base {scale.base_adherence.mean():.3f}).",
         f"Without the trigger {max(chosen.leak.mean(), 0):.0%} of the character shows, and {chosen.copies:.0%} of its pictures are near copies.",
     ]
     if best.name != chosen.name:
@@ -195,6 +198,8 @@ def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
         reasons.append(f"Before it, at step {earlier[-1].step}, the likeness is clearly lower: undertrained.")
     if barred:
         reasons.append("Not considered: " + "; ".join(f"{name} ({why})" for name, why in barred.items()) + ".")
+    if scale.base_adherence.mean() - scale.adherence_by_chance < LEAST_ADHERENCE:
+        reasons.append("The scorer hardly tells these prompts apart, so obedience is not measured: take other prompts or a larger CLIP.")
     if rising:
         reasons.append("Train longer (raise max_steps) and choose again: the best step may not have been reached.")
     return reasons

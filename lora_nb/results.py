@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lora_nb import scores
 from lora_nb.choose import balance
@@ -111,17 +110,17 @@ def _reason(evaluation, sample) -> str:
     return "nothing was found on it; look whether its view, light or clothes are unlike the others"
 
 
-# ---- pictures
+# ---- pictures: each grid is saved as evaluation/grids/<name>.png, whose path is returned
 
 
-def before_after(evaluation, step: int, strength: float = 1.0) -> Image.Image:
+def before_after(evaluation, step: int, strength: float = 1.0) -> Path:
     """Base above, LoRA below, at the same prompts and the first seed."""
     base, lora = evaluation.draw(0).pictures, evaluation.draw(step, strength).pictures
     rows = [[row[0] for row in base], [row[0] for row in lora]]
     return _save(evaluation, "before_after", labelled_grid(rows, ["base", f"LoRA, step {step}"], evaluation.plan.prompts))
 
 
-def checkpoint_grid(evaluation) -> Image.Image:
+def checkpoint_grid(evaluation) -> Path:
     """A row a prompt, a column a checkpoint, base first, all at the first seed; the chosen column is framed."""
     steps = [0, *evaluation.steps]
     drawn = [evaluation.draw(step).pictures for step in steps]
@@ -132,7 +131,7 @@ def checkpoint_grid(evaluation) -> Image.Image:
     return _save(evaluation, "checkpoints", labelled_grid(rows, evaluation.plan.prompts, labels, marks=marks))
 
 
-def quiet_grid(evaluation, step: int, strength: float = 1.0) -> Image.Image:
+def quiet_grid(evaluation, step: int, strength: float = 1.0) -> Path:
     """Prompts that do not call the character: the base's pictures above, the LoRA's below, two seeds at most."""
     prompts, seeds = evaluation.plan.quiet_prompts, range(min(2, len(evaluation.plan.seeds)))
     grids = [evaluation.draw(*which).quiet for which in ((0,), (step, strength))]
@@ -141,7 +140,7 @@ def quiet_grid(evaluation, step: int, strength: float = 1.0) -> Image.Image:
     return _save(evaluation, "without_trigger", labelled_grid(rows, ["base", f"LoRA, step {step}"], labels))
 
 
-def strength_grid(evaluation, step: int, prompts: int = 4) -> Image.Image:
+def strength_grid(evaluation, step: int, prompts: int = 4) -> Path:
     """A row a strength that was measured at `step`, a column a prompt."""
     strengths = sorted(strength for at, strength in evaluation.candidates if at == step)
     rows = [[row[0] for row in evaluation.draw(step, strength).pictures[:prompts]] for strength in strengths]
@@ -149,7 +148,7 @@ def strength_grid(evaluation, step: int, prompts: int = 4) -> Image.Image:
     return _save(evaluation, "strengths", labelled_grid(rows, labels, evaluation.plan.prompts[:prompts]))
 
 
-def copies_grid(evaluation, step: int, strength: float = 1.0, pairs: int = 6) -> Image.Image:
+def copies_grid(evaluation, step: int, strength: float = 1.0, pairs: int = 6) -> Path:
     """The samples nearest to a training picture above, those training pictures below; near copies are framed."""
     copies = evaluation.copies(step, strength)
     paths = [path for row in evaluation.draw(step, strength).pictures for path in row]
@@ -161,9 +160,8 @@ def copies_grid(evaluation, step: int, strength: float = 1.0, pairs: int = 6) ->
     return _save(evaluation, "nearest", labelled_grid(rows, ["sample", "nearest training picture"], labels, marks=marks))
 
 
-def _save(evaluation, name, picture) -> Image.Image:
-    write_png(evaluation.folder / "grids" / f"{name}.png", picture)
-    return picture
+def _save(evaluation, name, picture) -> Path:
+    return write_png(evaluation.folder / "grids" / f"{name}.png", picture)
 
 
 # ---- files

@@ -94,9 +94,9 @@ def drift(samples: np.ndarray, base: np.ndarray) -> np.ndarray:
 def leak(samples: np.ndarray, base: np.ndarray, references: np.ndarray, gain: float) -> np.ndarray:
     """How much of the character shows where nobody called it, [P, S]: 0 none, 1 as much as with the trigger.
 
-    `gain` is what the trigger's own prompts gained in identity over the base; without one there is nothing to leak.
+    `gain` is what the trigger's own prompts gained in identity over the base, above 0.
     """
-    return (identity(samples, references) - identity(base, references)) / gain if gain > 1e-3 else np.zeros(samples.shape[:2])
+    return (identity(samples, references) - identity(base, references)) / gain
 
 
 # ---- memorisation

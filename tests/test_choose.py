@@ -84,3 +84,13 @@ def test_guards_are_the_users():
 @pytest.mark.parametrize("identity, adherence, expected", [(1, 1, 1), (0, 1, 0), (1, 0, 0), (0.5, 0.5, 0.5), (3, 3, 1)])
 def test_balance_needs_both(identity, adherence, expected):
     assert balance(candidate(1, identity, adherence), SCALE).mean == pytest.approx(expected, abs=0.03)
+
+
+def test_what_learned_nothing_is_not_taken_because_it_does_not_leak():
+    choice = choose([candidate(100, 0, 1), candidate(200, 0.8, 1, leak=0.9)], SCALE)
+    assert (choice.step, choice.verdict) == (200, "leaks")
+
+
+def test_a_scorer_that_cannot_tell_prompts_apart_is_named():
+    deaf = Scale(SCALE.base_identity, 0.9, float(SCALE.base_adherence.mean()), SCALE.base_adherence)
+    assert "hardly tells" in " ".join(choose([candidate(100, 0.8, 1)], deaf).reasons)

@@ -145,9 +145,9 @@ def test_grids_are_saved_as_png(evaluation, run):
         "strengths": results.strength_grid(evaluation, 10),
         "nearest": results.copies_grid(evaluation, 20),
     }
-    for name, picture in drawn.items():
-        assert Image.open(run / "evaluation" / "grids" / f"{name}.png").size == picture.size
-        assert min(picture.size) > 144
+    for name, path in drawn.items():
+        assert path == run / "evaluation" / "grids" / f"{name}.png"
+        assert min(Image.open(path).size) > 144
 
 
 def test_a_damaged_checkpoint_is_named_and_passed_over(evaluation, tmp_path):
