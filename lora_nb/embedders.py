@@ -5,7 +5,7 @@ import gc
 import imagehash
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lora_nb import models
 from lora_nb.scores import unit
@@ -72,8 +72,12 @@ class DinoEmbedder(ClipEmbedder):
 
 
 def picture_hashes(pictures) -> np.ndarray:
-    """Perceptual hashes, bool [N, 144], of picture files or PIL pictures."""
-    return np.stack([imagehash.phash(_open(picture), hash_size=HASH_SIDE).hash.ravel() for picture in pictures])
+    """Perceptual hashes, bool [N, 144], of picture files or PIL pictures: of their middle square, as CLIP sees them."""
+    return np.stack([imagehash.phash(_square(_open(picture)), hash_size=HASH_SIDE).hash.ravel() for picture in pictures])
+
+
+def _square(image) -> Image.Image:
+    return ImageOps.fit(image, (min(image.size), min(image.size)))
 
 
 def _open(item) -> Image.Image:
