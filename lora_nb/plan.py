@@ -62,6 +62,14 @@ def without_traits(prompt: str, trigger: str, captions, class_word: str) -> str:
     return replace_trigger("".join(kept), trigger, class_word)
 
 
+def parse_list(text: str, name: str, kind=int, separator: str = ",") -> list:
+    """ "42, 123" -> [42, 123], "" -> []: a list in one plain parameter. Raises UserError that names the parameter."""
+    try:
+        return [kind(part.strip()) for part in text.split(separator) if part.strip()]
+    except ValueError:
+        raise UserError(f"{name} is {text!r}: write {kind.__name__} values with {separator!r} between them.") from None
+
+
 def _calls(trigger: str, caption: str) -> bool:
     return trigger.lower() in caption.lower()
 
