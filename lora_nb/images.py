@@ -65,7 +65,7 @@ def decode(data: bytes) -> tuple[Image.Image, dict, list[tuple[str, dict]]]:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception as error:  # header parsers raise struct.error, ValueError, ... besides UnidentifiedImageError
-        raise BadPicture(*_unidentified(data, error)) from error
+        raise BadPicture(_unidentified(data)) from error
     facts = {"format": "JPEG" if image.format == "MPO" else image.format, "mode": image.mode}
     if image.width * image.height > MAX_PIXELS:
         raise BadPicture("too-many-pixels", width=image.width, height=image.height, limit=MAX_PIXELS // 1_000_000)
@@ -95,25 +95,27 @@ def _reason(error) -> str:
     return f"{type(error).__name__}: {error}".strip()[:200]
 
 
-_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"GIF8")
 
 
-def _unidentified(data: bytes, error):
+def _unidentified(data: bytes) -> str:
+    """The code for a file that no decoder takes."""
     head = data[:512].lstrip().lower()
     if not any(data[:4096]):
-        return ("damaged-zeros",)
-    if head.startswith((b"<!doctype html", b"<html", b"<?xml", b"<svg", b"{")):
-        return ("web-page",)
-    return ("not-a-picture",)
+        return "damaged-zeros"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"{")):
+        return "web-page"
+    return "damaged-header" if data.startswith(_MAGIC) or data[4:8] == b"ftyp" else "not-a-picture"
 
 
 def _upright(image, notices):
     try:
+        orientation = image.getexif().get(0x0112, 1)
         turned = ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block must not cost the picture
         notices.append(("exif-damaged", {"reason": _reason(error)}))
         return image
-    if image.getexif().get(0x0112, 1) in range(2, 9):
+    if orientation in range(2, 9):
         notices.append(("exif-rotated", {}))
     return turned
 

@@ -94,8 +94,8 @@ def _problem(root, name, entry, ending):
     if not _is_unicode(name):
         return "name-not-unicode", {}
     if entry.is_symlink():
-        target = Path(entry.path).resolve()
-        if not target.exists():
+        target = Path(os.path.realpath(entry.path))  # Path.resolve raises on a link that leads to itself
+        if not os.path.exists(target):
             return "broken-link", {}
         if not target.is_relative_to(root.resolve()):
             return "link-leaves-folder", {}

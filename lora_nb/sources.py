@@ -1,5 +1,6 @@
 """What a data set may come in besides a plain folder: a zip, and Hugging Face's metadata files."""
 
+import contextlib
 import csv
 import json
 import os
@@ -87,7 +88,8 @@ def _extract_one(file, entry, path, left, refused) -> int:
     except FileExistsError:
         refused.append(finding("archive-entry-refused", entry.filename, reason="its name is there already"))
     except Exception as error:  # bad checksum, unknown compression, a name that is too long: zlib.error, OSError, ...
-        path.unlink(missing_ok=True) if written else None
+        with contextlib.suppress(OSError):
+            path.unlink()
         refused.append(finding("archive-entry-damaged", entry.filename, reason=str(error)[:120]))
     return written
 
