@@ -24,6 +24,7 @@ SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "Euler
 FREE_TO_CHANGE = frozenset(
     "max_steps save_every save_total_limit log_every use_wandb use_tensorboard validate_every num_validation_images "
     "validation_prompts validation_seeds validation_steps validation_guidance validation_negative_prompt export_dtype "
+    "author license copy_checkpoints_to "
     "gradient_checkpointing enable_cpu_offload enable_xformers enable_attention_slicing auto_fit scheduler output_dir "
     "batch_size gradient_accumulation_steps".split()
 )
@@ -76,6 +77,8 @@ class Config(BaseModel):
     lora_target_modules: list[str] | Literal[TARGET_SETS] = setting(
         ["to_q", "to_v"], "module names, or attention (560 modules on SDXL), or attention+feed_forward (722)")  # fmt: skip
 
+    start_from_lora: str | None = setting(None, "a kohya, diffusers or PEFT LoRA to train on from, at the strength it has; null starts anew")
+
     train_text_encoder: bool = setting(False, "LoRA in both text encoders too: about 2 GB more, and no cached embeddings")
     text_encoder_learning_rate: float | None = setting(None, "of encoder 1; null is half of learning_rate, 0 leaves it out", ge=0)
     text_encoder_2_learning_rate: float | None = setting(None, "of encoder 2; null is half of learning_rate, 0 leaves it out", ge=0)
@@ -97,7 +100,10 @@ class Config(BaseModel):
     caption_dropout: float = setting(0.05, "share of draws with an empty caption: keeps guidance working", ge=0, le=1)
 
     save_every: int = setting(50, "steps between checkpoints; each holds LoRA and optimizer", ge=1)
+    copy_checkpoints_to: str | None = setting(None, "a second folder (Drive) for whole copies of checkpoints; a fresh machine goes on from there")
     export_dtype: Literal["fp16", "bf16", "fp32"] = setting("fp16", "of the final files; every program reads fp16")
+    author: str = setting("", "named in the final files and on the model card; empty leaves it out")
+    license: str = setting("", "of the final files, as the hub names it (openrail++, cc-by-4.0); empty leaves it out")
     save_total_limit: int | None = setting(5, "checkpoints kept, the newest; null keeps all", ge=1)
     log_every: int = setting(10, "steps between rows of training_metrics.csv", ge=1)
     use_wandb: bool = setting(False, "Weights & Biases through accelerate; needs an account")

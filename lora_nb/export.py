@@ -57,8 +57,9 @@ class Check:
 
     @property
     def ok(self) -> bool:
+        """Nothing to compare (`total` 0: a proof that could not be made) is no failure, and is said in `note`."""
         close = self.error is None or (math.isfinite(self.error) and self.error <= self.limit)
-        return self.found == self.total > 0 and close
+        return self.found == self.total and close
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ class ExportResult:
             (
                 check.file,
                 check.program,
-                f"{check.found} of {check.total}",
+                f"{check.found} of {check.total}" if check.total else "",
                 "" if check.error is None else f"{check.error:.1e}",
                 "" if check.limit is None else f"{check.limit:.0e}",
-                ("ok" if check.ok else "FAILED") + (f" ({check.note})" if check.note else ""),
+                _verdict(check) + (f" ({check.note})" if check.note else ""),
             )
             for check in self.checks
         ]
@@ -128,6 +129,10 @@ class ExportResult:
         head = "".join(f"<th style='text-align:left'>{name}</th>" for name in _COLUMNS)
         lost = "".join(f"<p>{html.escape(name)} failed its proof and was not kept.</p>" for name in self.rejected)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>{lost}"
+
+
+def _verdict(check: Check) -> str:
+    return "not made" if not check.total else "ok" if check.ok else "FAILED"
 
 
 _COLUMNS = ("file", "read by", "modules", "worst error", "limit", "verdict")

@@ -280,6 +280,12 @@ def _canonical(name: str, part: str) -> str:
     return f"{given}.{classic_path(given, path)}"
 
 
+def _weight_shape(module) -> tuple[int, ...]:
+    """Also of a quantised layer, which packs its weight."""
+    layer = getattr(module, "base_layer", module)
+    return (layer.out_features, layer.in_features) if isinstance(layer, torch.nn.Linear) else tuple(layer.weight.shape)
+
+
 def _modern_attention(name: str) -> str:
     """`attn1.processor.to_out` -> `attn1.to_out.0`, and the text encoders' `self_attn.to_q` -> `self_attn.q_proj`."""
     name = name.replace(".processor.", ".")
@@ -291,7 +297,7 @@ def _modern_attention(name: str) -> str:
 
 def _check_shapes(modules: list[LoraModule], models: dict, path) -> None:
     weights = {
-        (part, classic_path(part, name)): tuple(module.weight.shape)
+        (part, classic_path(part, name)): _weight_shape(module)
         for part, model in models.items()
         for name, module in model.named_modules()
         if ".lora_" not in name and getattr(module, "weight", None) is not None

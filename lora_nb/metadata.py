@@ -18,7 +18,7 @@ from lora_nb.lora_file import safetensors_bytes
 CONFIG_KEY, VERSIONS_KEY, MANIFEST_KEY = "lora_nb.config", "lora_nb.versions", "lora_nb.manifest_sha256"
 _SECRET = re.compile(r"(^|_)(token|secret|password|api_key|auth)$")
 _NOT_SECRET = {"trigger_token"}
-_HERE_ONLY = {"output_dir", "checkpoint_copy_dir", "resume_from_checkpoint"}  # say nothing to another machine
+_HERE_ONLY = {"output_dir", "copy_checkpoints_to"}  # say nothing to another machine
 
 # Our setting -> kohya's key, where the value needs no translation.
 SS_SETTINGS = {

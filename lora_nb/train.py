@@ -19,13 +19,11 @@ from lora_nb.checkpoint import check_space, latest_checkpoint, list_checkpoints,
 from lora_nb.config import FREE_TO_CHANGE, Config
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, ignore
-from lora_nb.export import ExportResult, diffusers_tensors, export_lora
-from lora_nb.files import sha256_file
+from lora_nb.export import ExportResult, diffusers_tensors
+from lora_nb.export_run import export_trained
 from lora_nb.job import Job, prepare
 from lora_nb.lora_file import lora_of
-from lora_nb.manifest import best_manifest
 from lora_nb.memory import is_out_of_memory, out_of_memory, peak_memory, release
-from lora_nb.metadata import lora_metadata
 from lora_nb.optimizers import pack_state, unpack_state
 from lora_nb.runlog import Metrics, only_trainer, write_status, write_summary
 from lora_nb.step import accumulate, check_learning, optimise, synchronise
@@ -122,7 +120,7 @@ def _run(job: Job, on_event) -> Run:
             if stop and step < config.max_steps:
                 on_event(Notice(f"Interrupted: step {step} is saved; run again to go on."))
                 break
-    return _finish(job, step, loss, time.monotonic() - began, step - first, on_event)
+    return _finish(job, validator, step, loss, time.monotonic() - began, step - first, on_event)
 
 
 def _fitting(job: Job, step: int, on_event) -> tuple[float, list]:
@@ -229,14 +227,14 @@ def _bytes_needed(job: Job) -> int:
     return weights * (kept * (4 + (2 if config.use_8bit_adam else 8)) + 8) + pictures
 
 
-def _finish(job: Job, step: int, loss, seconds: float, steps_done: int, on_event) -> Run:
+def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, steps_done: int, on_event) -> Run:
     """Export a finished run, write summary and status."""
     config = job.config
     finished = step >= config.max_steps
     status, export = "finished" if finished else "interrupted", None
     if job.accelerator.is_main_process:
         if finished:
-            export = _export(job, step, on_event)
+            export = _export(job, step, validator, on_event)
         prune(config.run_dir / CHECKPOINTS, config.save_total_limit)
         kept = [number for number, _ in list_checkpoints(config.run_dir / CHECKPOINTS)]
         pace = f"{1000 * seconds / steps_done:.0f} ms, validation and saving included" if steps_done else "none were left to do"
@@ -258,18 +256,11 @@ def _finish(job: Job, step: int, loss, seconds: float, steps_done: int, on_event
     return Run(config.run_dir, status, step, loss, seconds, checkpoints, export)
 
 
-def _export(job: Job, step: int, on_event) -> ExportResult:
-    config, manifest = job.config, best_manifest(job.config.run_dir)
+def _export(job: Job, step: int, validator: Validator, on_event) -> ExportResult:
     text_encoders = tuple(encoder if _has_lora(encoder) else None for encoder in job.text[1]) if job.text else (None, None)
-    metadata = lora_metadata(
-        config.run_name, config.model_dump(), steps=step, captions=[sample.caption for sample in job.samples],
-        buckets=[sample.bucket for sample in job.samples], manifest_sha256=sha256_file(manifest),
-        prediction_type=job.noise_scheduler.config.prediction_type,
-    )  # fmt: skip
-    return export_lora(
-        config.run_dir / "final", job.unet, text_encoders, run_name=config.run_name, metadata=metadata,
-        dtype=config.export_dtype, on_event=on_event,
-    )  # fmt: skip
+    picture = validator.picture_road(job.text[1] if any(text_encoders) else (), on_event)
+    prediction = job.noise_scheduler.config.prediction_type
+    return export_trained(job.config, job.unet, text_encoders, step, prediction, picture=picture, on_event=on_event)
 
 
 def _has_lora(model) -> bool:

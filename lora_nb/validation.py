@@ -8,6 +8,7 @@ from lora_nb import models
 from lora_nb.events import Notice, Progress, Validated, ignore
 from lora_nb.files import write_json
 from lora_nb.memory import on_device, release
+from lora_nb.proof import PictureRoad
 
 FOLDER = "validation_images"
 
@@ -41,12 +42,10 @@ class Validator:
         pairs = [tuple(part[None] for part in self.embeddings(prompt)) for prompt in config.prompts]
         negative = tuple(part[None] for part in self.embeddings(config.validation_negative_prompt))
         self.unet.eval()
-        if self._pipeline is None:
-            vae = models.load_vae(config.base_model, config.vae_model)
-            self._pipeline = models.assemble(config.base_model, self.unet, vae, scheduler=config.scheduler)
-        with self.autocast(), on_device(self._pipeline.vae, self.device, stay=not config.enable_cpu_offload):
+        pipeline = self._assembled()
+        with self.autocast(), on_device(pipeline.vae, self.device, stay=not config.enable_cpu_offload):
             pictures = models.generate(
-                self._pipeline, config.prompts, config.image_seeds, height, width, config.validation_steps,
+                pipeline, config.prompts, config.image_seeds, height, width, config.validation_steps,
                 config.validation_guidance, embeddings=pairs, negative_embeddings=negative,
                 on_event=lambda event: on_event(Progress(f"validation at step {step}", event.done, event.total, event.note)),
             )  # fmt: skip
@@ -60,6 +59,44 @@ class Validator:
         settings = {"steps": config.validation_steps, "guidance_scale": config.validation_guidance}
         write_json(folder / "prompts.json", {"step": step, **settings, "pictures": entries})
         return paths
+
+    def _assembled(self):
+        if self._pipeline is None:
+            vae = models.load_vae(self.config.base_model, self.config.vae_model)
+            self._pipeline = models.assemble(self.config.base_model, self.unet, vae, scheduler=self.config.scheduler)
+        return self._pipeline
+
+    def picture_road(self, text_encoders=(), on_event=ignore) -> PictureRoad | None:
+        """Proof of an exported file by the first validation picture; None where the settings draw none, or it cannot be.
+
+        text_encoders: both, if they were trained: then the picture is drawn from the prompt and not from embeddings.
+        """
+        if not (self.config.validate_every and self.config.image_seeds):
+            return None
+        try:
+            return self._picture_road(text_encoders)
+        except Exception as error:  # the files matter more than this one of their proofs
+            on_event(Notice(f"No picture will prove the final files ({type(error).__name__}: {error})."))
+            return None
+
+    def _picture_road(self, text_encoders) -> PictureRoad:
+        config = self.config
+        pipeline, words = self._assembled(), {"negative_prompt": config.validation_negative_prompt}
+        if text_encoders:
+            pipeline = models.assemble(config.base_model, self.unet, pipeline.vae, *text_encoders, scheduler=config.scheduler)
+        else:
+            pairs = [tuple(part[None] for part in self.embeddings(prompt)) for prompt in (config.prompts[0], config.validation_negative_prompt)]
+            words = {"embeddings": pairs[:1], "negative_embeddings": pairs[1]}
+
+        def draw(pipeline):
+            self.unet.eval()
+            with self.autocast(), on_device(pipeline.vae, self.device, stay=not config.enable_cpu_offload):
+                return models.generate(
+                    pipeline, config.prompts[:1], config.image_seeds[:1], *reversed(self._size()), config.validation_steps,
+                    config.validation_guidance, **words,
+                )[0]  # fmt: skip
+
+        return PictureRoad(pipeline, draw)
 
     def _size(self) -> tuple[int, int]:
         """Training resolution, in steps that the UNet can halve."""
