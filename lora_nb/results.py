@@ -11,7 +11,7 @@ from lora_nb import scores
 from lora_nb.choose import balance
 from lora_nb.errors import UserError
 from lora_nb.export import kohya_tensors
-from lora_nb.files import write_atomic, write_json
+from lora_nb.files import sha256_file, write_atomic, write_json
 from lora_nb.findings import CODES
 from lora_nb.grids import labelled_grid
 from lora_nb.lora_file import DTYPES, read_lora, read_safetensors, write_safetensors
@@ -21,6 +21,7 @@ from lora_nb.report import Table
 from lora_nb.sampling import write_png
 
 BANDS = ("detail", "texture", "shapes", "layout")  # of loss_grid.TIMESTEPS
+SOURCE_KEY = "lora_nb.chosen_from"  # in the chosen file's header: the checkpoint's hash and the dtype
 WITH_INTERVALS = ("identity", "adherence", "diversity", "leak", "drift")
 
 
@@ -191,15 +192,17 @@ def save_results(evaluation) -> Path:
 
 def copy_chosen(evaluation, dtype: str = "fp16") -> Path:
     """The chosen checkpoint as final/<run>_chosen.safetensors, kohya's names, for every program; load it at the chosen strength."""
+    own, name = evaluation.checkpoints[evaluation.choice.step], evaluation.run_dir.name
+    last, chosen = (evaluation.run_dir / "final" / f"{stem}.safetensors" for stem in (name, f"{name}_chosen"))
+    source = f"{sha256_file(own)} {dtype}"
+    if chosen.is_file() and read_safetensors(chosen)[1].get(SOURCE_KEY) == source:
+        return chosen
     pipeline = evaluation.painter.pipeline()
-    own = evaluation.checkpoints[evaluation.choice.step]
     modules = read_lora(own, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-    final = evaluation.run_dir / "final"
-    last = final / f"{evaluation.run_dir.name}.safetensors"
     metadata = read_safetensors(last)[1] if last.is_file() else {}
-    metadata |= {"ss_steps": str(evaluation.choice.step), "ss_output_name": f"{evaluation.run_dir.name}_chosen"}
+    metadata |= {"ss_steps": str(evaluation.choice.step), "ss_output_name": chosen.stem, SOURCE_KEY: source}
     tensors = kohya_tensors(modules, sgm_blocks(pipeline.unet), DTYPES[dtype])
-    return write_safetensors(final / f"{evaluation.run_dir.name}_chosen.safetensors", tensors, with_hashes(metadata, tensors))
+    return write_safetensors(chosen, tensors, with_hashes(metadata, tensors))
 
 
 def read_scores(run_dir) -> list[dict]:

@@ -124,6 +124,8 @@ def test_the_chosen_file_loads_as_the_checkpoint_it_came_from(evaluation, run):
     chosen = results.copy_chosen(evaluation)
     assert chosen == run / "final" / "zed_chosen.safetensors"
     unet = evaluation.painter.pipeline().unet
+    before = chosen.stat().st_mtime_ns
+    assert results.copy_chosen(evaluation).stat().st_mtime_ns == before  # the same again is left alone
     pairs = [sorted(read_lora(path, unet), key=lambda m: m.path) for path in (chosen, evaluation.checkpoints[10])]
     assert len(pairs[0]) == len(pairs[1]) > 0
     assert max(relative_difference(a, b) for a, b in zip(*pairs, strict=True)) < 2e-3
