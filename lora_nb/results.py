@@ -10,18 +10,14 @@ import numpy as np
 from lora_nb import scores
 from lora_nb.choose import balance
 from lora_nb.errors import UserError
-from lora_nb.export import kohya_tensors
+from lora_nb.export_run import export_checkpoint
 from lora_nb.files import sha256_file, write_atomic, write_json
 from lora_nb.findings import CODES
 from lora_nb.grids import labelled_grid
-from lora_nb.lora_file import DTYPES, read_lora, read_safetensors, write_safetensors
-from lora_nb.lora_names import sgm_blocks
-from lora_nb.metadata import with_hashes
 from lora_nb.report import Table
 from lora_nb.sampling import write_png
 
 BANDS = ("detail", "texture", "shapes", "layout")  # of loss_grid.TIMESTEPS
-SOURCE_KEY = "lora_nb.chosen_from"  # in the chosen file's header: the checkpoint's hash and the dtype
 WITH_INTERVALS = ("identity", "adherence", "diversity", "leak", "drift")
 
 
@@ -181,6 +177,7 @@ def save_results(evaluation) -> Path:
     file = copy_chosen(evaluation) if choice.step else None
     record = choice.as_dict() | {
         "file": file.relative_to(evaluation.run_dir).as_posix() if file else None,
+        "checkpoint": sha256_file(evaluation.checkpoints[choice.step]) if file else None,
         "plan": evaluation.plan.as_dict(),
         "scorers": [evaluation.embedder.name, evaluation.picture_embedder.name],
         "identity_ceiling": evaluation.scale().identity_ceiling,
@@ -190,19 +187,22 @@ def save_results(evaluation) -> Path:
     return evaluation.folder
 
 
-def copy_chosen(evaluation, dtype: str = "fp16") -> Path:
-    """The chosen checkpoint as final/<run>_chosen.safetensors, kohya's names, for every program; load it at the chosen strength."""
-    own, name = evaluation.checkpoints[evaluation.choice.step], evaluation.run_dir.name
-    last, chosen = (evaluation.run_dir / "final" / f"{stem}.safetensors" for stem in (name, f"{name}_chosen"))
-    source = f"{sha256_file(own)} {dtype}"
-    if chosen.is_file() and read_safetensors(chosen)[1].get(SOURCE_KEY) == source:
+def copy_chosen(evaluation) -> Path:
+    """The chosen checkpoint as final/<run>_chosen.safetensors, for every program; it is to be loaded at the chosen strength.
+
+    It is exported and proved as any checkpoint is, unless it lies there already.
+    """
+    run_dir, step = evaluation.run_dir, evaluation.choice.step
+    chosen = run_dir / "final" / f"{run_dir.name}_chosen.safetensors"
+    if chosen.is_file() and read_choice(run_dir).get("checkpoint") == sha256_file(evaluation.checkpoints[step]):
         return chosen
-    pipeline = evaluation.painter.pipeline()
-    modules = read_lora(own, pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
-    metadata = read_safetensors(last)[1] if last.is_file() else {}
-    metadata |= {"ss_steps": str(evaluation.choice.step), "ss_output_name": chosen.stem, SOURCE_KEY: source}
-    tensors = kohya_tensors(modules, sgm_blocks(pipeline.unet), DTYPES[dtype])
-    return write_safetensors(chosen, tensors, with_hashes(metadata, tensors))
+    if evaluation.checkpoints[step].parent == chosen.parent:  # a run of which only final/ was kept
+        files = [chosen.with_name(f"{run_dir.name}.safetensors")]
+    else:
+        files = export_checkpoint(run_dir, step, formats=("kohya",)).files
+    if not files:
+        raise UserError(f"Step {step} could not be exported truthfully; run `python -m lora_nb export {run_dir.name} --checkpoint {step}` to see why.")
+    return write_atomic(chosen, files[0].read_bytes())
 
 
 def read_scores(run_dir) -> list[dict]:

@@ -25,7 +25,7 @@ def make_run(folder, steps=(10, 20), train=4, held_out=3) -> Path:
     data.mkdir()
     config = load_config(
         "cpu-demo", run_name="zed", dataset_path=str(data), output_dir=str(run.parent), trigger_token=TRIGGER, resolution=SIDE,
-        validation_steps=2, validation_prompts=[],
+        validation_steps=2, validation_prompts=[], lora_rank=2, lora_alpha=2, lora_target_modules="attention",
     )  # fmt: skip
     config.save(run / "config.yaml")
     samples = [_sample(data, n, "train" if n < train else "held_out") for n in range(train + held_out)]

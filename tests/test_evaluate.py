@@ -121,6 +121,7 @@ def test_scores_and_choice_are_written_and_read_back(evaluation, run):
 
 def test_the_chosen_file_loads_as_the_checkpoint_it_came_from(evaluation, run):
     evaluation.choice = Choice(10, 0.8, "good", "Take it.")
+    results.save_results(evaluation)
     chosen = results.copy_chosen(evaluation)
     assert chosen == run / "final" / "zed_chosen.safetensors"
     unet = evaluation.painter.pipeline().unet
