@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from lora_nb import cache, models
-from lora_nb.config import Config
+from lora_nb.config import Config, resolve_path
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, ignore
 from lora_nb.manifest import best_manifest, read_manifest
 from lora_nb.memory import quantize_nf4, release, save_memory
 from lora_nb.models import DDPMScheduler
 from lora_nb.optimizers import build_optimizer, learning_rate_factor
+from lora_nb.start_lora import start_from_lora
 from lora_nb.weights import fingerprint
 
 
@@ -70,6 +71,8 @@ def prepare(config: Config, accelerator: Accelerator, on_event=ignore) -> Job:
         raise UserError(f"The manifest in {config.run_dir} has no pictures to train on: run notebook 01 again and see its findings.")
 
     unet, text, groups = _load_trainable(config, accelerator.device, half)
+    if config.start_from_lora:
+        _start_from(config, unet, text, on_event)
     trainable = {name: parameter for _, parameters in groups for name, parameter in parameters.items()}
     optimizer = build_optimizer(
         config.optimizer, [{"params": list(parameters.values()), "lr": rate} for rate, parameters in groups],
@@ -162,6 +165,17 @@ def _load_trainable(config, device, dtype):
             text_encoder.get_submodule(_last_layer(text_encoder)).requires_grad_(False)
         groups.append((rate, _trainable(text_encoder, "text_encoder" if number == 1 else "text_encoder_2")))
     return unet, (tokenizers, text_encoders), groups
+
+
+def _start_from(config, unet, text, on_event) -> None:
+    """Another LoRA in place of the random start. Encoders that are not trained are there to name the file's modules."""
+    adapted, others = {"unet": unet}, {}
+    for number, part in enumerate(("text_encoder", "text_encoder_2")):
+        if text and config.text_encoder_learning_rates[number]:
+            adapted[part] = text[1][number]
+        else:
+            others[part] = models.empty_part(config.base_model, part)
+    start_from_lora(resolve_path(config.start_from_lora), adapted, others, on_event=on_event)
 
 
 def _trainable(model, part) -> dict:
