@@ -93,7 +93,7 @@ def choose(candidates: list[Candidate], scale: Scale, guards: Guards = Guards())
         chosen.step,
         chosen.strength,
         _verdict(chosen, barred, turn, rising),
-        f"Take step {chosen.step} at strength {chosen.strength:g}: {turn or _nothing_better(later, rising)}.",
+        f"Take step {chosen.step} at strength {chosen.strength:g}: {_why(chosen, barred) or turn or _nothing_better(later, rising)}.",
         _reasons(chosen, best, earlier, scale, barred, rising),
         front,
         barred,
@@ -172,6 +172,11 @@ def _still_rising(chosen, earlier, scale) -> bool:
     return bool(np.percentile(gained, 10) > 0)
 
 
+def _why(chosen, barred) -> str:
+    """For a choice that is only the least bad."""
+    return f"it is the least bad, but {barred[chosen.name]}" if chosen.name in barred else ""
+
+
 def _nothing_better(later, rising) -> str:
     if rising:
         return "it is the last step and still clearly better than the one before"
@@ -187,17 +192,17 @@ def _verdict(chosen, barred, turn, rising) -> str:
 def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
     a, b = shares(chosen.identity.mean(), chosen.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
     reasons = [
-        f"Likeness: {a:.0%} of the way from the base model to the held-out references "
+        f"Likeness: {np.clip(a, 0, 1):.0%} of the way from the base model to the held-out references "
         f"({estimate(chosen.identity)}; base {scale.base_identity.mean():.3f}, references {scale.identity_ceiling:.3f}).",
-        f"Obedience: it keeps {max(b, 0):.0%} of how the base follows prompts ({estimate(chosen.adherence)}; base {scale.base_adherence.mean():.3f}).",
+        f"Obedience: it keeps {np.clip(b, 0, 1):.0%} of how the base follows prompts ({estimate(chosen.adherence)}; base {scale.base_adherence.mean():.3f}).",
         f"Without the trigger {max(chosen.leak.mean(), 0):.0%} of the character shows, and {chosen.copies:.0%} of its pictures are near copies.",
     ]
     if best.name != chosen.name:
         reasons.append(f"{best.name.capitalize()} measured highest, but not by more than the uncertainty, and less training is safer.")
     if earlier and estimate(earlier[-1].identity - chosen.identity).high < 0:
         reasons.append(f"Before it, at step {earlier[-1].step}, the likeness is clearly lower: undertrained.")
-    if barred:
-        reasons.append("Not considered: " + "; ".join(f"{name} ({why})" for name, why in barred.items()) + ".")
+    if others := [f"{name} ({why})" for name, why in barred.items() if name != chosen.name]:
+        reasons.append("Not considered: " + "; ".join(others) + ".")
     if scale.base_adherence.mean() - scale.adherence_by_chance < LEAST_ADHERENCE:
         reasons.append("The scorer hardly tells these prompts apart, so obedience is not measured: take other prompts or a larger CLIP.")
     if rising:

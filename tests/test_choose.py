@@ -45,6 +45,8 @@ def test_where_everything_is_barred_the_least_offender_is_taken_and_named():
     run = [candidate(100, 0.9, 1, leak=0.9), candidate(200, 0.9, 1, leak=0.6), candidate(300, 0.95, 1, copies=0.9)]
     choice = choose(run, SCALE)
     assert (choice.step, choice.verdict) == (200, "leaks")
+    assert "least bad, but 60% of the character shows" in choice.sentence
+    assert "step 200" not in choice.reasons[-1]
 
 
 def test_a_run_that_learned_nothing_gets_no_recommendation():
