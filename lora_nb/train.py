@@ -17,10 +17,12 @@ from accelerate import Accelerator
 from lora_nb import cache, models
 from lora_nb.checkpoint import check_space, latest_checkpoint, list_checkpoints, load_checkpoint, prune, save_checkpoint
 from lora_nb.config import FREE_TO_CHANGE, Config
+from lora_nb.copies import bring_back, copy_checkpoint
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, ignore
 from lora_nb.export import ExportResult, diffusers_tensors
 from lora_nb.export_run import export_trained
+from lora_nb.files import project_root
 from lora_nb.job import Job, prepare
 from lora_nb.lora_file import lora_of
 from lora_nb.memory import is_out_of_memory, out_of_memory, peak_memory, release
@@ -80,6 +82,9 @@ def _run(job: Job, on_event) -> Run:
     """From the newest checkpoint to the end: step, log, save, validate; then export."""
     config, main = job.config, job.accelerator.is_main_process
     began = time.monotonic()
+    if main and config.copy_checkpoints_to:
+        bring_back(_copies_folder(config), config.run_dir / CHECKPOINTS, on_event)
+    job.accelerator.wait_for_everyone()
     step, window = resume(job, on_event)
     validator = _validator(job)
     if main:
@@ -114,7 +119,9 @@ def _run(job: Job, on_event) -> Run:
                 write_status(config.run_dir, "running", step=step, max_steps=config.max_steps, loss=row["loss"],
                              seconds_left=round(pace * (config.max_steps - step), 1), seconds=round(time.monotonic() - began, 1))  # fmt: skip
             if main and (step % config.save_every == 0 or last):
-                on_event(Saved(step, save(job, step, window)))
+                path = save(job, step, window)
+                on_event(Saved(step, path))
+                _copy_away(config, path, on_event)
             if main and config.validate_every and (step % config.validate_every == 0 or step == config.max_steps):
                 validator.draw(step, on_event)
             if stop and step < config.max_steps:
@@ -172,6 +179,20 @@ def save(job: Job, step: int, window: list[float]) -> Path:
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     folder = job.config.run_dir / CHECKPOINTS
     return save_checkpoint(folder, step, (tensors, header), optimizer, state, job.config.save_total_limit)
+
+
+def _copies_folder(config: Config) -> Path:
+    return project_root() / Path(config.copy_checkpoints_to).expanduser() / config.run_name
+
+
+def _copy_away(config: Config, path: Path, on_event) -> None:
+    """A second copy where the settings ask for one; a Drive that is gone is told and does not stop the run."""
+    if not config.copy_checkpoints_to:
+        return
+    try:
+        copy_checkpoint(path, _copies_folder(config), config.save_total_limit)
+    except UserError as error:
+        on_event(Notice(f"{error} Training goes on."))
 
 
 def resume(job: Job, on_event) -> tuple[int, list[float]]:
