@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from lora_nb import models, scores
-from lora_nb.cache import cached_samples, fresh_samples, weights_of
+from lora_nb.cache import Samples, cached_samples, fresh_samples, weights_of
 from lora_nb.checkpoint import LORA, damage, list_checkpoints
 from lora_nb.choose import Candidate, Choice, Guards, Scale, choose
 from lora_nb.config import read_config
@@ -22,7 +22,7 @@ from lora_nb.errors import UserError
 from lora_nb.events import Notice, Progress, ignore
 from lora_nb.files import sha256_file, write_json
 from lora_nb.loss_grid import TIMESTEPS, loss_grid
-from lora_nb.manifest import WITH_LATENTS, best_manifest, open_sample, read_manifest
+from lora_nb.manifest import WITH_LATENTS, Manifest, best_manifest, open_sample, read_manifest
 from lora_nb.plan import Plan, make_plan
 from lora_nb.sampling import Painter
 
@@ -45,11 +45,11 @@ class Evaluation:
     run_dir: Path
     plan: Plan
     checkpoints: dict[int, Path]
-    manifest: object
+    manifest: Manifest
     painter: Painter
     embedder: ClipEmbedder
     picture_embedder: ClipEmbedder  # of identity, diversity, leak and copies; the same one, or DINO
-    samples: object  # latents and embeddings, for the losses
+    samples: Samples | None  # latents, for the losses; None measures none
     candidates: dict[tuple[int, float], Candidate] = field(default_factory=dict)
     choice: Choice | None = None
 
@@ -169,7 +169,8 @@ class Evaluation:
             text = [pipeline.tokenizer, pipeline.tokenizer_2], [pipeline.text_encoder, pipeline.text_encoder_2]
             grid = loss_grid(
                 pipeline.unet, scheduler, pictures, lambda picture: self.samples.latents(picture)[0],
-                lambda caption: models.encode_prompts(*text, [caption]), pipeline.vae.config, device=pipeline._execution_device, on_event=on_event,
+                lambda caption: models.encode_prompts(*text, [caption]), pipeline.vae.config, device=pipeline._execution_device,
+                batch_size=2 * self.painter.batch_size, on_event=on_event,
             )  # fmt: skip
             write_json(path, grid.tolist())
         grid, trained = np.array(json.loads(path.read_text())), len(self.manifest.train())
@@ -191,13 +192,14 @@ class Evaluation:
 
 def open_evaluation(
     run_dir, *, prompts=(), quiet_prompts=(), num_prompts=6, seeds=(42, 123), class_word="man", checkpoints=0, scorer=None, dino=None,
-    steps=None, device=None, batch_size=8, losses=True, on_event=ignore,
+    steps=None, device=None, batch_size=None, losses=True, on_event=ignore,
 ) -> Evaluation:  # fmt: skip
     """Put the run in `run_dir` on the bench; nothing is drawn yet.
 
     checkpoints: how many of them, evenly spread with the last among them; 0 takes all. scorer: a CLIP's name; None takes
     the tiny one for models that draw it, else OpenAI's largest. dino: a DINOv2's name, to see identity through it.
-    steps: denoising steps, None as in validation. losses: measure the loss grid too. Raises UserError.
+    steps: denoising steps, None as in validation. batch_size: pictures at once, None takes 8 small ones or 1 large, which fits
+    wherever the run was trained. losses: measure the loss grid too. Raises UserError.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -208,29 +210,30 @@ def open_evaluation(
     train, held_out = ([sample.caption for sample in part] for part in (manifest.train(), manifest.held_out()))
     if len(held_out) < 2:
         on_event(Notice("Fewer than two pictures are held out, so likeness is measured against the training pictures, which flatters a LoRA that copies: keep some out."))  # fmt: skip
-    dtype = models.DTYPES.get(config.precision, torch.float16) if device != "cpu" else torch.float32
+    plan = make_plan(
+        config.trigger_token, train, held_out, prompts=prompts, quiet_prompts=quiet_prompts, number=num_prompts, seeds=seeds,
+        class_word=class_word,
+    )  # fmt: skip
     painter = Painter(
         config.base_model, run_dir / FOLDER / "pictures", height=config.resolution, width=config.resolution, vae_model=config.vae_model,
-        scheduler=config.scheduler, dtype=dtype, device=device, steps=steps or config.validation_steps,
-        guidance_scale=config.validation_guidance, negative_prompt=config.validation_negative_prompt, batch_size=batch_size,
+        scheduler=config.scheduler, dtype=models.DTYPES.get(config.precision, torch.float16) if device != "cpu" else torch.float32,
+        device=device, steps=steps or config.validation_steps, guidance_scale=config.validation_guidance,
+        negative_prompt=config.validation_negative_prompt, batch_size=batch_size or (8 if config.resolution <= 256 else 1),
         offload=config.enable_cpu_offload,
     )  # fmt: skip
-    scorer = scorer or (TINY_CLIP if config.resolution <= 128 else CLIP)
     beside = device if device != "cpu" and torch.cuda.get_device_properties(0).total_memory > 20 << 30 else "cpu"
-    embedder = ClipEmbedder(scorer, beside)
-    cached = manifest_path.name == WITH_LATENTS
-    samples = None
-    if losses:
-        weights = weights_of(config.base_model, config.vae_model)
-        fresh = {"dtype": dtype, "device": device, "stay": not config.enable_cpu_offload}
-        samples = cached_samples(manifest, weights) if cached else fresh_samples(manifest, config.base_model, config.vae_model, **fresh)
+    embedder = ClipEmbedder(scorer or (TINY_CLIP if config.resolution <= 128 else CLIP), beside)
+    samples = _samples(manifest, manifest_path, config, device) if losses else None
     return Evaluation(
-        run_dir,
-        make_plan(
-            config.trigger_token, train, held_out, prompts=prompts, quiet_prompts=quiet_prompts, number=num_prompts, seeds=seeds, class_word=class_word
-        ),
-        spread(files, checkpoints), manifest, painter, embedder, DinoEmbedder(dino, beside) if dino else embedder, samples,
-    )  # fmt: skip
+        run_dir, plan, spread(files, checkpoints), manifest, painter, embedder, DinoEmbedder(dino, beside) if dino else embedder, samples
+    )
+
+
+def _samples(manifest, manifest_path, config, device) -> Samples:
+    """Latents as training took them: from the cache, else encoded as they are needed."""
+    if manifest_path.name == WITH_LATENTS:
+        return cached_samples(manifest, weights_of(config.base_model, config.vae_model))
+    return fresh_samples(manifest, config.base_model, config.vae_model, device=device, stay=not config.enable_cpu_offload)
 
 
 def find_checkpoints(run_dir, on_event=ignore) -> dict[int, Path]:
