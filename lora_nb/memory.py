@@ -1,6 +1,7 @@
 """What makes a large base fit: NF4 weights, checkpointing, parts that come to the device only while they are used."""
 
 import gc
+import re
 from contextlib import contextmanager
 
 import psutil
@@ -84,7 +85,7 @@ def peak_memory(device) -> float:
 
 def out_of_memory(error, config) -> UserError:
     """The sentence for an OutOfMemoryError: what was asked for, and which settings to change in which order."""
-    asked = str(error).split(". ")[0].replace("CUDA out of memory", "").strip(" .:")
+    asked = re.search(r"[Tt]ried to allocate [\d.,]+ \w+", str(error))
     done = {
         OUT_OF_MEMORY_CURES[0]: config.gradient_checkpointing,
         OUT_OF_MEMORY_CURES[1]: config.batch_size == 1,
@@ -95,7 +96,7 @@ def out_of_memory(error, config) -> UserError:
     cures = [cure for cure in OUT_OF_MEMORY_CURES if not done.get(cure)]
     return UserError(
         f"The device ran out of memory at {config.resolution} px, batch {config.batch_size}, rank {config.lora_rank} "
-        f"({asked or 'no size given'}); change in this order: {'; '.join(cures)}."
+        f"({asked.group() if asked else 'no size given'}); change in this order: {'; '.join(cures)}."
     )
 
 
