@@ -1,11 +1,10 @@
-"""What is this LoRA file, who can load it, and how was it made? For any program's file; and the settings back out.
+"""What is this LoRA file, who can load it, and how was it made? For any program's file.
 
 Only safetensors are opened: a pickled `.pt` or `.ckpt` can run code.
 """
 
 import hashlib
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_nb.config import Config, build
 from lora_nb.errors import UserError
 from lora_nb.lora_file import RawModule, raw_modules, read_safetensors
-from lora_nb.metadata import CONFIG_KEY, MANIFEST_KEY, SS_SETTINGS, VERSIONS_KEY, library_versions
+from lora_nb.metadata import MANIFEST_KEY
 from lora_nb.readers import spelled_for
 
 PROGRAMS = ("kohya", "ComfyUI", "A1111/Forge", "diffusers", "PEFT")
@@ -194,56 +192,3 @@ def _data_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def replay(path) -> tuple[Config, list[str]]:
-    """The settings in a file's header as a configuration, and sentences about what they cannot bring back.
-
-    Our own files give every setting; kohya's those that both know. Raises UserError for a file that says nothing.
-    """
-    _, metadata = read_safetensors(path)
-    if CONFIG_KEY not in metadata:
-        return _replay_foreign(path, metadata)
-    try:
-        values, versions = json.loads(metadata[CONFIG_KEY]), json.loads(metadata.get(VERSIONS_KEY) or "{}")
-    except ValueError as error:
-        raise UserError(f"The settings in the header of {path} are damaged ({error}); replay another file of the run.") from error
-    notes = [f"There is no setting {name} in this version; it was {values.pop(name)!r}." for name in list(values) if name not in Config.model_fields]
-    here = library_versions()
-    notes += [f"{name} was {then}, and is {here.get(name, 'missing')} here." for name, then in versions.items() if here.get(name) != then]
-    if MANIFEST_KEY in metadata:
-        notes.append(f"The same weights need the same data: manifest sha256 {metadata[MANIFEST_KEY]}.")
-    return build(values, where=str(path)), notes
-
-
-def _replay_foreign(path, metadata) -> tuple[Config, list[str]]:
-    names = {ss: ours for ours, ss in SS_SETTINGS.items()} | {
-        "ss_network_dim": "lora_rank",
-        "ss_network_alpha": "lora_alpha",
-        "ss_optimizer": "optimizer",
-    }
-    values, lost = {}, []
-    side = re.match(r"\(?(\d+)", metadata.get("ss_resolution") or "")
-    if side:
-        values["resolution"] = int(side[1])
-    for ss, ours in names.items():
-        text = metadata.get(ss)
-        if text in (None, "None", ""):
-            continue
-        try:
-            build(values | {ours: _plain(text)}, where=str(path))
-            values[ours] = _plain(text)
-        except UserError:
-            lost.append(f"{ss} = {text} is no setting here.")
-    if not values:
-        raise UserError(f"The header of {path} holds no settings; only files of this program and kohya's do.")
-    return build(values, where=str(path)), ["Another program made this file; only the settings that both know are here.", *lost]
-
-
-def _plain(text: str):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return {"True": True, "False": False}.get(text, text)

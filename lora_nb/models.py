@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, U
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, load_single_file_checkpoint
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params, compute_snr
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -24,7 +24,7 @@ from lora_nb.errors import UserError
 from lora_nb.events import Progress, ignore
 from lora_nb.weights import locate
 
-__all__ = ["compute_snr", "get_scheduler"]  # train.py takes these from here: one door
+__all__ = ["PeftModel", "compute_snr", "get_scheduler"]  # others take these from here: one door
 
 SDXL = PRESETS / "sdxl"  # configs and tokenizer for checkpoints that come as one file
 PARTS = {

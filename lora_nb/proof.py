@@ -9,16 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
-from peft import PeftModel
 from PIL import Image
 
 from lora_nb.export import PEFT_FOLDERS, Check, Road
 from lora_nb.lora_file import LoraModule, lora_of
 from lora_nb.lora_names import PARTS
+from lora_nb.models import PeftModel, StableDiffusionXLPipeline, diffusers
 
 _PICTURE_ROUNDING = 1e-4  # of the full range: some pixels fall to the next of 256 levels
 

@@ -7,8 +7,9 @@ import pytest
 from lora_nb.errors import UserError
 from lora_nb.export import read_result
 from lora_nb.export_run import export_checkpoint
-from lora_nb.inspect_lora import inspect_lora, replay
+from lora_nb.inspect_lora import inspect_lora
 from lora_nb.lora_file import read_safetensors
+from lora_nb.replay import replay
 from lora_nb.train import train
 
 DRAWN = {"validate_every": 6, "validation_prompts": ["hero, number 3"], "validation_steps": 2}

@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_nb.config import build
+from lora_nb.config import build, read_config
 from lora_nb.errors import UserError
 from lora_nb.export import export_lora
-from lora_nb.inspect_lora import inspect_lora, replay
+from lora_nb.inspect_lora import inspect_lora
 from lora_nb.lora_file import read_safetensors
 from lora_nb.metadata import lora_metadata
 from lora_nb.readers import programs, spelled_for
+from lora_nb.replay import replay, write_replay
 
 CONFIG = build({"run_name": "hero", "lora_rank": 4, "lora_alpha": 6, "seed": 7, "trigger_token": "hero_man", "learning_rate": 3e-4})
 
@@ -70,13 +71,25 @@ def test_replay_gives_the_settings_back(exported):
     assert any("ab" * 32 in note for note in notes)
 
 
+def test_replay_as_a_file(exported, tmp_path):
+    target = tmp_path / "training_config.yaml"
+    assert "step 50 of 2000" in write_replay(exported / "hero.safetensors", target)
+    assert read_config(target).model_dump() == CONFIG.model_dump()
+    with pytest.raises(UserError, match="exists"):
+        write_replay(exported / "hero.safetensors", target)
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="holds no settings"):
+        write_replay(tmp_path / "x.safetensors", tmp_path / "y.yaml")
+
+
 def test_replay_names_what_has_changed_since(tmp_path):
-    metadata = lora_metadata("hero", CONFIG.model_dump() | {"setting_of_tomorrow": 3})
+    metadata = lora_metadata("hero", CONFIG.model_dump() | {"setting_of_tomorrow": 3, "base_model": "/home/someone/base"})
     metadata["lora_nb.versions"] = json.dumps({"torch": "9.9"})
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors", metadata)
     config, notes = replay(tmp_path / "x.safetensors")
-    assert config == CONFIG
-    assert any("setting_of_tomorrow" in note for note in notes) and any("9.9" in note for note in notes)
+    assert config == CONFIG.model_copy(update={"base_model": "base"})
+    for word in ("setting_of_tomorrow", "torch was 9.9", "base_model was a place of another machine"):
+        assert any(word in note for note in notes), word
 
 
 def _kohya_file(path, metadata=None, alpha=1.0, width=2048, dtype=torch.float16):
