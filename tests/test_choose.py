@@ -96,3 +96,17 @@ def test_what_learned_nothing_is_not_taken_because_it_does_not_leak():
 def test_a_scorer_that_cannot_tell_prompts_apart_is_named():
     deaf = Scale(SCALE.base_identity, 0.9, float(SCALE.base_adherence.mean()), SCALE.base_adherence)
     assert "hardly tells" in " ".join(choose([candidate(100, 0.8, 1)], deaf).reasons)
+
+
+def test_a_lead_within_the_uncertainty_does_not_cost_more_training():
+    rng = np.random.default_rng(1)
+    early, late = (candidate(step, 0.75 + lead + rng.normal(0, 0.2, (P, S)), 1) for step, lead in ((100, 0.0), (200, 0.01)))
+    assert balance(late, SCALE).mean > balance(early, SCALE).mean
+    choice = choose([early, late], SCALE)
+    assert choice.step == 100
+    assert any("Step 200 measured highest" in reason for reason in choice.reasons)
+
+
+def test_the_last_step_is_not_undertrained_when_it_is_no_better_than_the_one_before():
+    choice = choose([candidate(100, 0.8, 1, copies=0.5), candidate(200, 0.8, 1)], SCALE)
+    assert (choice.step, choice.verdict) == (200, "good")

@@ -132,3 +132,11 @@ def test_loss_ratios_name_the_picture_that_was_not_learned(rng):
     learned = base * np.array([0.5, 0.5, 1.0, 0.5, 0.5])[:, None]
     assert scores.learned(learned, base).argmax() == 2
     assert scores.loss_ratios(base * 0.5, base) == pytest.approx([0.5] * 4)
+
+
+def test_what_is_alike_in_one_way_only_is_no_copy(rng):
+    vectors, hashes, limits = unit(rng.normal(size=(2, D))), rng.random((2, 144)) < 0.5, scores.CopyLimits(0.9, 0.1)
+    same_layout = scores.find_copies(vectors[:1], vectors[1:], hashes[:1], hashes[:1], limits)
+    same_content = scores.find_copies(vectors[:1], vectors[:1], hashes[:1], hashes[1:], limits)
+    both = scores.find_copies(vectors[:1], vectors[:1], hashes[:1], hashes[:1], limits)
+    assert (same_layout.share, same_content.share, both.share) == (0, 0, 1)
