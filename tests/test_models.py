@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import sgm_checkpoint
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -242,3 +243,42 @@ def test_noise_scheduler_keeps_the_bases_settings(tiny_base, tmp_path):
     scheduler = models.load_part(str(copy), "noise_scheduler")
     assert (scheduler.config.prediction_type, scheduler.config.beta_end) == ("v_prediction", 0.013)
     assert scheduler.alphas_cumprod[-1] < 1e-6
+
+
+@pytest.fixture(scope="module")
+def single_file(tiny_base, tmp_path_factory):
+    return sgm_checkpoint.write(str(tiny_base), tmp_path_factory.mktemp("single") / "model.safetensors")
+
+
+def test_one_checkpoint_file_gives_every_part(tiny_base, single_file, monkeypatch):
+    """The bundled configs are SDXL's; the tiny model's stand in for them here. No network is asked."""
+    monkeypatch.setattr(models, "SDXL", tiny_base)
+    for part in models.PARTS:
+        ours, theirs = models.load_part(str(single_file), part), models.load_part(str(tiny_base), part)
+        state = theirs.state_dict()
+        assert ours.state_dict().keys() == state.keys() and len(state) > 10
+        assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items()), part
+    assert models.load_part(str(single_file), "unet", torch.float16).dtype == torch.float16
+    ours = models.encode_prompts(*models.load_text_encoders(str(single_file)), PROMPTS)
+    theirs = models.encode_prompts(*models.load_text_encoders(str(tiny_base)), PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    pictures = [models.generate(models.load_pipeline(str(base)), ["b"], [1], 64, 64, steps=2) for base in (single_file, tiny_base)]
+    assert pictures[0][0] == pictures[1][0]
+    assert models.vae_config(str(single_file))["scaling_factor"] == 0.5
+    assert models.load_vae(str(tiny_base), str(single_file)).config.scaling_factor == 0.5
+
+
+def test_fingerprints_of_one_file_are_by_part(single_file):
+    assert len({fingerprint(str(single_file), part) for part in models.PARTS}) == 4
+
+
+def test_bundled_configs_are_sdxl():
+    counts = {}
+    for part, model_class in models.PARTS.items():
+        with torch.device("meta"):
+            if part in ("unet", "vae"):
+                model = model_class.from_config(json.loads((models.SDXL / part / "config.json").read_text()))
+            else:
+                model = model_class(model_class.config_class.from_pretrained(models.SDXL / part))
+        counts[part] = round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1)
+    assert counts == {"unet": 2567.5, "vae": 83.7, "text_encoder": 123.1, "text_encoder_2": 694.7}
