@@ -99,8 +99,9 @@ def test_a_scorer_that_cannot_tell_prompts_apart_is_named():
 
 
 def test_a_lead_within_the_uncertainty_does_not_cost_more_training():
-    rng = np.random.default_rng(1)
-    early, late = (candidate(step, 0.75 + lead + rng.normal(0, 0.2, (P, S)), 1) for step, lead in ((100, 0.0), (200, 0.01)))
+    noise = np.random.default_rng(1).normal(0, 0.2, (2, P, S))
+    noise -= noise.mean(axis=(1, 2), keepdims=True)
+    early, late = (candidate(step, 0.7 + lead + own, 1) for step, lead, own in ((100, 0.0, noise[0]), (200, 0.02, noise[1])))
     assert balance(late, SCALE).mean > balance(early, SCALE).mean
     choice = choose([early, late], SCALE)
     assert choice.step == 100
