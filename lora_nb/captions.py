@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+SDXL_TOKENIZER = Path(__file__).parent / "presets" / "sdxl" / "tokenizer"
 MAX_BYTES = 64 << 10
 MAX_TOKENS = 75  # CLIP's 77 less its start and end
 _JOINERS = "\u200c\u200d"  # invisible, but letters of Persian and Hindi, and of composed emoji
@@ -136,16 +137,12 @@ def measure(caption: str, tokenizers=()) -> Length:
 
 
 def clip_tokenizers(base_model) -> list:
-    """The tokenizers of a diffusers folder as functions for `measure`; [] where it is not on this machine.
+    """The tokenizers of a diffusers folder as functions for `measure`; SDXL's own where there is no such folder.
 
     Built from the vocabulary files, so no model library is loaded.
     """
-    folders = [Path(base_model) / name for name in ("tokenizer", "tokenizer_2")]
-    return [
-        _clip_tokenizer(folder)
-        for folder in folders
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ]
+    folders = [folder for name in ("tokenizer", "tokenizer_2") if (folder := Path(base_model) / name).is_dir()]
+    return [_clip_tokenizer(folder) for folder in folders or [SDXL_TOKENIZER] if (folder / "vocab.json").is_file()]
 
 
 def _clip_tokenizer(folder):

@@ -16,10 +16,10 @@ from .captions import decode_caption
 from .duplicates import TwinSearch
 from .errors import UserError
 from .events import OnEvent, Progress, ignore
-from .files import project_root
+from .files import project_root, write_atomic, write_json
 from .findings import Finding, finding
 from .judge import compare, judge, set_apart
-from .layouts import Record, describe_layout, existing_folder, pair, walk
+from .layouts import Record, describe_layout, existing_folder, expected_caption, pair, walk
 from .manifest import Manifest, Sample, best_manifest, open_sample, read_manifest, write_manifest
 from .preprocess import preprocess
 from .report import Picture, Report
@@ -29,7 +29,7 @@ from .workers import run_isolated
 __all__ = [
     "Manifest", "Picture", "Record", "Records", "Report", "Sample", "best_manifest", "buckets", "open_sample",
     "preprocess", "read_exclusions", "read_manifest", "read_overrides", "scan", "validate", "with_overrides",
-    "write_manifest",
+    "write_caption", "write_exclusions", "write_manifest", "write_overrides",
 ]  # fmt: skip
 
 EXCLUSIONS, OVERRIDES = "exclusions.json", "caption_overrides.json"  # the user's notes, in the run's folder
@@ -157,6 +157,22 @@ def read_exclusions(run_dir) -> dict[str, str]:
 def read_overrides(run_dir) -> dict[str, str]:
     """{image_path: caption} that the user wrote over the captions in the files; {} where there are none."""
     return _read_notes(Path(run_dir) / OVERRIDES)
+
+
+def write_exclusions(run_dir, exclusions: dict[str, str]) -> Path:
+    """Keep the user's exclusion list in the run's folder; the data set's folder is not touched."""
+    return write_json(Path(run_dir) / EXCLUSIONS, exclusions)
+
+
+def write_overrides(run_dir, overrides: dict[str, str]) -> Path:
+    """Keep the user's captions in the run's folder; the caption files are not touched."""
+    return write_json(Path(run_dir) / OVERRIDES, overrides)
+
+
+def write_caption(records: Records, image_path: str, caption: str) -> Path:
+    """Write a caption into the user's own file, because the user asked for it; makes the file where there is none."""
+    record = next(each for each in records if each.image_path == image_path)
+    return write_atomic(records.root / (record.caption_path or expected_caption(image_path)), caption + "\n")
 
 
 def _read_notes(path) -> dict[str, str]:

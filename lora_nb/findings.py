@@ -4,6 +4,7 @@ import unicodedata
 from dataclasses import dataclass
 
 ERROR, WARNING, INFO = "error", "warning", "info"
+COLOURS = {ERROR: "#cf222e", WARNING: "#9a6700", INFO: "#57606a", "ready": "#1a7f37", "excluded": "#57606a"}
 SEVERITIES = (ERROR, WARNING, INFO)  # error keeps the picture out, warning lets it in, info only tells
 
 _RESAVE = "Open it in an image editor and save it again as PNG or JPEG, or take another copy."

@@ -6,7 +6,7 @@ from dataclasses import replace
 from .buckets import cut_off, drawn_place, enlargement, nearest_bucket
 from .captions import find_trigger, measure
 from .duplicates import groups
-from .findings import Finding, finding
+from .findings import Finding, finding, printable
 from .images import ENDINGS
 from .layouts import Record
 from .report import Picture
@@ -73,7 +73,7 @@ def _words(record, length, trigger):
     name, caption = record.image_path, record.caption
     if length.tail:
         how = "about" if length.estimated else "exactly"
-        yield finding("caption-too-long", name, how=how, tokens=length.tokens, tail=length.tail)
+        yield finding("caption-too-long", name, how=how, tokens=length.tokens, tail=printable(length.tail, 90))
     if not trigger:
         return
     place = find_trigger(caption, trigger)
@@ -94,7 +94,7 @@ def compare(pictures: list[Picture], twins) -> tuple[list[Picture], list[Finding
     same_file = _same_file(pictures)
     for first, second in same_file:
         extra[second].append(finding("exact-duplicate", pictures[second].image_path, other=pictures[first].image_path))
-    for pair in _nearest(pictures, twins):
+    for pair in _nearest(pictures, _unlike_files(pictures, twins)):
         _tell_twins(pictures, pair, extra)
     group_of = groups([*same_file, *((pair.first, pair.second) for pair in twins)], len(pictures))
     _tell_dominating(pictures, group_of, extra)
@@ -113,6 +113,16 @@ def _same_file(pictures) -> list[tuple[int, int]]:
         (first[each.sha256], index)
         for index, each in enumerate(pictures)
         if each.sha256 and first[each.sha256] != index
+    ]
+
+
+def _unlike_files(pictures, twins):
+    """Twins but for copies of one file on one side of the split, which are told as such."""
+    return [
+        pair
+        for pair in twins
+        if pictures[pair.first].sha256 != pictures[pair.second].sha256
+        or pictures[pair.first].record.split != pictures[pair.second].record.split
     ]
 
 

@@ -178,7 +178,7 @@ def _record(tree, name, rows, index) -> Record:
         caption = kohya[2]
         found.append(finding("caption-from-folder", name, caption=caption))
     found += [finding(code, name, **facts) for code, facts in notices]
-    expected = source or _without_ending(_places(name)[0]) + CAPTION_ENDINGS[0]
+    expected = source or expected_caption(name)
     unread = any(each.code in ("caption-binary", "caption-unreadable", "caption-too-large") for each in found)
     if not caption and not unread:
         found.append(finding("missing-caption" if caption is None else "empty-caption", name, expected=expected))
@@ -209,6 +209,11 @@ def _caption_names(name: str) -> list[str]:
     """Where the caption of picture `name` may lie, the preferred place first."""
     bases = [base for place in _places(name) for base in (place, _without_ending(place))]
     return [base + ending for base in bases for ending in CAPTION_ENDINGS]
+
+
+def expected_caption(name: str) -> str:
+    """Where the caption of picture `name` should be written."""
+    return _without_ending(_places(name)[0]) + CAPTION_ENDINGS[0]
 
 
 def _places(name):

@@ -1,6 +1,7 @@
 """Rows and pictures in, matplotlib Figure out. Imports none of our modules and opens no run folder."""
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # ---- evaluation: rows of scores.csv and pictures.json
 
@@ -79,3 +80,82 @@ def training_curves(rows):
     right.plot(steps, [row["learning_rate"] for row in rows])
     right.set(title="learning rate", xlabel="step")
     return figure
+
+
+# ---- data set: sizes, captions, words, pictures with their reasons
+
+
+def sizes_against_buckets(sizes, buckets, most=5000):
+    """Every picture's (width, height) as a dot, every bucket as a square that the dots are scaled to; both in pixels.
+
+    Dots on a dashed line keep their aspect ratio; those left of or below their bucket must be enlarged.
+    """
+    shown, note = _sampled(sizes, most)
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
+    far = max([side for size in [*shown, *buckets] for side in size], default=1) * 1.05
+    for width, height in buckets:
+        scale = far / max(width, height)
+        axes.plot([0, width * scale], [0, height * scale], color="0.85", linewidth=0.7, linestyle="--", zorder=0)
+    axes.scatter(*zip(*buckets, strict=True), marker="s", s=40, facecolors="none", edgecolors="tab:orange", label="buckets in use")
+    axes.scatter([width for width, _ in shown], [height for _, height in shown], s=18, alpha=0.6, label=f"pictures{note}")
+    axes.set(xlabel="width in pixels", ylabel="height in pixels", xlim=(0, far), ylim=(0, far), aspect="equal")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def caption_lengths(tokens, limit=75):
+    """How many captions have how many CLIP tokens, and where the text encoder stops reading."""
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(tokens, bins=range(0, max([limit, *tokens]) + 6, 3), color="tab:blue")
+    axes.axvline(limit, color="tab:red", linestyle=":", label=f"{limit} tokens: the rest is cut")
+    axes.set(xlabel="tokens in a caption", ylabel="captions")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def word_counts(words, captions):
+    """(word, captions that hold it) as bars, of `captions` in all."""
+    figure = Figure(figsize=(6, 0.6 + 0.22 * max(1, len(words))), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([word for word, _ in words][::-1], [100 * count / max(1, captions) for _, count in words][::-1], color="tab:blue")
+    axes.set(xlabel="per cent of the captions", xlim=(0, 100))
+    axes.tick_params(axis="y", labelsize="small")
+    return figure
+
+
+def contact_sheet(cells, columns=6):
+    """Pictures in a grid; a cell is (image or None, title, colour of the title). None is a picture that cannot be opened."""
+    rows = max(1, -(-len(cells) // columns))
+    figure = Figure(figsize=(2.1 * columns, 2.5 * rows), dpi=70, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (image, title, colour) in zip(grid, cells, strict=False):
+        axes.imshow(image) if image is not None else axes.text(0.5, 0.5, "✕", fontsize=40, color=colour, ha="center", va="center")
+        axes.set_title(title, fontsize=7, color=colour, wrap=True)
+    return figure
+
+
+def crop_preview(cells):
+    """Before and after: a cell is (original, (left, top, right, bottom) kept of it in its pixels, the bucket's picture)."""
+    figure = Figure(figsize=(2.3 * max(1, len(cells)), 4.8), dpi=70, layout="constrained")
+    grid = figure.subplots(2, max(1, len(cells)), squeeze=False)
+    for (above, below), (before, (left, top, right, bottom), after) in zip(grid.T, cells, strict=True):
+        above.imshow(before)
+        above.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="red", linewidth=2))
+        above.set_title(f"{before.width} x {before.height}", fontsize=8)
+        below.imshow(after)
+        below.set_title(f"{after.width} x {after.height}", fontsize=8)
+    for axes in grid.ravel():
+        axes.set_axis_off()
+    return figure
+
+
+def _sampled(rows, most):
+    """At most `most` rows evenly taken, and a note that says so."""
+    rows = list(rows)
+    if len(rows) <= most:
+        return rows, ""
+    return rows[:: -(-len(rows) // most)], f" (a sample of {len(rows):,})"

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from .buckets import drawn_place, plan_crop
+from .buckets import Crop, drawn_place, plan_crop
 from .captions import Absorption, absorption, find_trigger
 from .errors import UserError
-from .findings import ERROR, SEVERITIES, WARNING, Finding, printable
+from .findings import COLOURS, ERROR, SEVERITIES, WARNING, Finding, printable
 from .layouts import Record
 from .manifest import PLAIN, SCHEMA_VERSION, Manifest, ManifestFile, relative_root, write_manifest
 
-_COLOURS = {"ready": "#1a7f37", "ready with warnings": "#9a6700", "not ready": "#cf222e"}
+_COLOURS = {"ready": COLOURS["ready"], "ready with warnings": COLOURS[WARNING], "not ready": COLOURS[ERROR]}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Picture:
         return self.excluded is None and self.severity != ERROR
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """One line: level is "ready", "ready with warnings" or "not ready"."""
 
@@ -61,6 +61,8 @@ class Verdict:
 
     def __str__(self):
         return f"{self.level.capitalize()}: {self.sentence}"
+
+    __repr__ = __str__
 
     def _repr_html_(self):
         return f'<b style="color:{_COLOURS[self.level]}">{self.level.capitalize()}</b>: {html.escape(self.sentence)}'
@@ -193,6 +195,12 @@ class Report:
             self.pictures, key=lambda each: (-sum(weight[one.severity] for one in each.findings), each.image_path)
         )[:most]
 
+    def crop(self, picture: Picture) -> Crop:
+        """How a usable picture becomes its bucket."""
+        middle = self.settings["center_crop"]
+        at = (0.5, 0.5) if middle else drawn_place(self.settings["seed"], picture.sha256)
+        return plan_crop(picture.width, picture.height, picture.bucket, at)
+
     def as_json(self) -> dict:
         """The whole report as JSON-able values."""
         return {
@@ -216,7 +224,7 @@ class Report:
 
     def manifest(self, folder) -> Manifest:
         """The usable pictures as a manifest that will lie in `folder`."""
-        samples = [_sample(picture, self.settings) for picture in self.usable]
+        samples = [_sample(picture, self.crop(picture)) for picture in self.usable]
         left_out = [_excluded(picture) for picture in self.pictures if not picture.usable]
         metadata = {
             "dataset_root": relative_root(self.root, folder),
@@ -284,10 +292,8 @@ def _tally(values) -> dict:
     return dict(sorted(Counter(values).items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def _sample(picture: Picture, settings) -> dict:
+def _sample(picture: Picture, crop: Crop) -> dict:
     record, bucket = picture.record, picture.bucket
-    at = (0.5, 0.5) if settings["center_crop"] else drawn_place(settings["seed"], picture.sha256)
-    crop = plan_crop(picture.width, picture.height, bucket, at)
     return {
         "image_path": record.image_path,
         "caption": record.caption,

@@ -31,7 +31,10 @@ def arguments() -> argparse.ArgumentParser:
         "--held-out", type=float, default=0.0, metavar="SHARE", help="share of the pictures to keep for evaluation (0)"
     )
     parser.add_argument(
-        "--base-model", metavar="DIR", help="diffusers folder whose tokenizers count the captions' tokens"
+        "--base-model",
+        metavar="DIR",
+        default="",
+        help="diffusers folder whose tokenizers count the captions' tokens (SDXL's)",
     )
     parser.add_argument("--leave-out-errors", action="store_true", help="go on without the pictures that have errors")
     parser.add_argument("--workers", type=int, help="processes that decode (one a core)")
@@ -71,7 +74,7 @@ def _validate(options) -> int:
         held_out_share=options.held_out,
         exclusions=read_exclusions(output),
         leave_out_errors=options.leave_out_errors,
-        tokenizers=clip_tokenizers(options.base_model) if options.base_model else (),
+        tokenizers=clip_tokenizers(options.base_model),
         workers=options.workers,
         on_event=on_event,
     )

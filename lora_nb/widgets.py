@@ -38,3 +38,61 @@ def ab_picker(pairs, on_vote):
 def _inline(path) -> str:
     """A PNG file as a data URL, so that nothing is served from disk."""
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+
+
+def exclude_picker(names, exclusions: dict, on_change):
+    """Choose a picture, say why, and take it out or back; `on_change(exclusions)` is called with {name: reason}.
+
+    names: image paths, those that need a look first. exclusions: what is excluded already.
+    """
+    chosen = widgets.Dropdown(options=list(names), description="picture")
+    reason = widgets.Text(description="reason", placeholder="blurred, not him, ...")
+    out, back, listed = widgets.Button(description="leave out"), widgets.Button(description="take back"), widgets.HTML()
+    excluded = dict(exclusions)
+
+    def show():
+        rows = "".join(f"<li>{html.escape(name)}: {html.escape(why)}</li>" for name, why in sorted(excluded.items()))
+        listed.value = f"<ul>{rows}</ul>" if rows else "<i>nothing is left out</i>"
+
+    def leave_out(button):
+        excluded[chosen.value] = reason.value or "left out by hand"
+        on_change(dict(sorted(excluded.items())))
+        show()
+
+    def take_back(button):
+        excluded.pop(chosen.value, None)
+        on_change(dict(sorted(excluded.items())))
+        show()
+
+    out.on_click(leave_out)
+    back.on_click(take_back)
+    show()
+    return widgets.VBox([chosen, reason, widgets.HBox([out, back]), listed])
+
+
+def caption_editor(captions: dict, overrides: dict, on_change, write_file=None):
+    """Edit captions by hand; `on_change(overrides)` is called with all {name: caption} that lie over the files'.
+
+    captions: {name: caption or None} as in the user's files; overrides: those kept before. write_file(name, caption) also changes such a file, and is
+    called only while its box is ticked.
+    """
+    overrides = dict(overrides)
+    chosen = widgets.Dropdown(options=list(captions), description="picture")
+    text = widgets.Text(description="caption", layout=widgets.Layout(width="90%"))
+    keep, said = widgets.Button(description="keep"), widgets.HTML()
+    into_file = widgets.Checkbox(description="also change my caption file", value=False, disabled=write_file is None)
+
+    def choose(change=None):
+        text.value = overrides.get(chosen.value, captions.get(chosen.value) or "")
+
+    def store(button):
+        overrides[chosen.value] = text.value
+        on_change(dict(sorted(overrides.items())))
+        if into_file.value and write_file is not None:
+            write_file(chosen.value, text.value)
+        said.value = f"kept for {html.escape(chosen.value)}; validate again to see what it does"
+
+    chosen.observe(choose, names="value")
+    keep.on_click(store)
+    choose()
+    return widgets.VBox([chosen, text, widgets.HBox([keep, into_file]), said])
