@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from lora_nb.files import write_json
 from lora_nb.lora_file import (
     DTYPES,
     LoraModule,
+    balanced,
+    change_norm,
     lora_of,
     raw_modules,
     read_lora,
@@ -39,6 +42,9 @@ FORMATS = ("peft", "diffusers", "kohya")
 PEFT_FOLDERS = {part: f"{part}_lora" for part in PARTS}
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PROOF_FILE = "proof.json"
+# A module need not be exact in itself where it changes its weight by less than this share of what the median module
+# does, or by less than this much on average, which no program that holds weights in half precision could apply.
+NEGLIGIBLE_SHARE, NEGLIGIBLE_CHANGE = 1e-3, 1e-7
 # Relative error of a module's change that rounding to the dtype explains, with room to spare.
 LIMITS = {"fp32": 1e-6, "fp16": 2e-3, "bf16": 1.5e-2}
 
@@ -76,7 +82,12 @@ class Road:
             got = {(module.part, module.path): module for module in self.read(path)}
         except Exception as error:  # whatever a reader trips over is a failed proof, never a lost training run
             return Check(path.name, self.name, 0, len(expected), note=f"{type(error).__name__}: {error}"[:200])
-        errors = [relative_difference(m, got[m.part, m.path]) for m in expected if (m.part, m.path) in got]
+        floor = NEGLIGIBLE_SHARE * statistics.median(change_norm(module) for module in expected)
+        errors = [
+            relative_difference(module, got[key], max(floor, NEGLIGIBLE_CHANGE * math.sqrt(module.size)))
+            for module in expected
+            if (key := (module.part, module.path)) in got
+        ]
         if len(got) > len(errors):
             return Check(path.name, self.name, 0, len(expected), note=f"{len(got) - len(errors)} modules too many")
         return Check(path.name, self.name, len(errors), len(expected), max(errors, default=math.inf), limit)
@@ -238,7 +249,7 @@ def _write(folder, trained, models, formats, run_name, metadata, dtype, adapter)
 def kohya_tensors(modules: list[LoraModule], blocks: dict[str, str], dtype) -> dict[str, torch.Tensor]:
     """kohya's keys: SGM block names, and a 0-d alpha a module (float32: rank-stabilised alphas are no whole numbers)."""
     tensors = {}
-    for module in with_one_alpha(modules):
+    for module in _rounding_well(modules, dtype):
         name = kohya_name(module.part, module.path, blocks)
         tensors[f"{name}.lora_down.weight"] = module.down.to(dtype)
         tensors[f"{name}.lora_up.weight"] = module.up.to(dtype)
@@ -246,10 +257,15 @@ def kohya_tensors(modules: list[LoraModule], blocks: dict[str, str], dtype) -> d
     return tensors
 
 
+def _rounding_well(modules: list[LoraModule], dtype) -> list[LoraModule]:
+    modules = with_one_alpha(modules)
+    return [balanced(module) for module in modules] if dtype == torch.float16 else modules
+
+
 def diffusers_tensors(modules: list[LoraModule], dtype) -> tuple[dict[str, torch.Tensor], dict]:
     """diffusers' keys, and the adapter settings without which its loader takes alpha = rank."""
     tensors, settings = {}, {}
-    modules = with_one_alpha(modules)
+    modules = _rounding_well(modules, dtype)
     for part in PARTS:
         own = [module for module in modules if module.part == part]
         for module in own:

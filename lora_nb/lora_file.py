@@ -68,6 +68,11 @@ class LoraModule:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def size(self) -> int:
+        """Elements of the weight that it changes."""
+        return self.up.shape[0] * self.down[0].numel()
+
     def delta(self) -> torch.Tensor:
         """What is added to the module's weight, float32 [out, in(, kh, kw)]."""
         flat = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1))
@@ -110,12 +115,30 @@ def with_one_alpha(modules: list[LoraModule]) -> list[LoraModule]:
     ]
 
 
-def relative_difference(a: LoraModule, b: LoraModule) -> float:
-    """|delta(a) - delta(b)| / |delta(a)| in the Frobenius norm, without building either delta.
+def balanced(module: LoraModule) -> LoraModule:
+    """The same change with a power of two moved from `down` to `up`, where `up` is so small that fp16 would lose it.
+
+    A LoRA begins with `up` at zero, and after few steps some of it lies below what fp16 can tell apart. Powers of two
+    cost no precision.
+    """
+    up, down = module.up.abs().max().item(), module.down.abs().max().item()
+    if up == 0 or down == 0 or min(up, down) >= 2**-10:
+        return module
+    shift = 2.0 ** round(math.log2(down / up) / 2)
+    return replace(module, up=module.up * shift, down=module.down / shift)
+
+
+def change_norm(module: LoraModule) -> float:
+    """Frobenius norm of `delta()`, without building it.
 
     |U D|^2 = sum((U^T U) * (D D^T)) needs only rank x rank products; float64 keeps it good to about 1e-8.
     """
-    return math.sqrt(_squared_norm([(a, 1.0), (b, -1.0)]) / max(_squared_norm([(a, 1.0)]), 1e-60))
+    return math.sqrt(_squared_norm([(module, 1.0)]))
+
+
+def relative_difference(a: LoraModule, b: LoraModule, floor: float = 0.0) -> float:
+    """|delta(a) - delta(b)| / |delta(a)| in the Frobenius norm; a norm below `floor` counts as `floor`."""
+    return math.sqrt(_squared_norm([(a, 1.0), (b, -1.0)])) / max(change_norm(a), floor, 1e-30)
 
 
 def _squared_norm(terms) -> float:

@@ -83,6 +83,23 @@ def test_dtypes(adapted, tmp_path, dtype, stored):
         assert {t.dtype for key, t in tensors.items() if not key.endswith(".alpha")} == {stored}
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 1e-7, 1e-9])
+def test_what_few_steps_have_learned_survives_fp16(adapted, tmp_path, size):
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= size
+    result = export_lora(tmp_path / "final", adapted, run_name="hero", dtype="fp16", roads=library_roads(adapted), formats=("kohya",))
+    assert result.ok, str(result)
+
+
+def test_a_module_that_does_next_to_nothing_fails_no_file(adapted, tmp_path):
+    weight = next(parameter for name, parameter in adapted.named_parameters() if "lora_B" in name)
+    weight.data *= 1e-12
+    assert export_lora(tmp_path / "final", adapted, run_name="hero", dtype="fp16", formats=("kohya",)).ok
+    weight.data *= 0
+    assert export_lora(tmp_path / "final", adapted, run_name="hero", dtype="fp16", formats=("kohya",)).ok
+
+
 def test_counts_on_the_full_sdxl_config():
     with torch.device("meta"):
         unet = lora_models.unet(**lora_models.FULL_SDXL)
