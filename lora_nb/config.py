@@ -20,13 +20,14 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 TARGET_SETS = ("attention", "attention+feed_forward")
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
               "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "LCMScheduler")  # fmt: skip
-# Settings that may change between a run and its continuation: they move no weight, or keep the step's meaning.
+# Settings that may change between a run and its continuation: they move no weight, or what they name is compared by
+# its content instead (a base or data set that has moved is the same).
 FREE_TO_CHANGE = frozenset(
     "max_steps save_every save_total_limit log_every use_wandb use_tensorboard validate_every num_validation_images "
     "validation_prompts validation_seeds validation_steps validation_guidance validation_negative_prompt export_dtype "
     "author license copy_checkpoints_to "
     "gradient_checkpointing enable_cpu_offload enable_xformers enable_attention_slicing auto_fit scheduler output_dir "
-    "batch_size gradient_accumulation_steps".split()
+    "batch_size gradient_accumulation_steps base_model vae_model dataset_path trigger_token".split()
 )
 
 

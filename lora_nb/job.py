@@ -124,6 +124,8 @@ def _open_data(config, accelerator, dtype, on_event):
         raise UserError(f"The manifest is for {manifest.metadata.resolution} px and resolution is {config.resolution}: run notebook 01 again with the same settings.")  # fmt: skip
     if not config.buckets and any(width != height for width, height in (sample.bucket for sample in manifest.train())):
         raise UserError("buckets is false and the manifest has pictures that are not square: run notebook 01 again with the same settings.")  # fmt: skip
+    if manifest.metadata.settings.get("center_crop", config.center_crop) != config.center_crop:
+        raise UserError(f"center_crop is {config.center_crop} and the manifest was made with the other: run notebook 01 again with the same settings.")
     weights = cache.weights_of(config.base_model, config.vae_model)
     device, stay = accelerator.device, not config.enable_cpu_offload
     if any(sample.latent_path for sample in manifest.samples):

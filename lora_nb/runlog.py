@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
+import psutil
 
 from lora_nb.checkpoint import full_disk_is_a_sentence
 from lora_nb.errors import UserError
@@ -82,9 +83,14 @@ def write_status(run_dir, status: str, **facts) -> None:
 
 
 def read_status(run_dir) -> dict:
-    """status.json, {} before the first training."""
+    """status.json, {} before the first training; "running" becomes "stopped" where that process is gone."""
     path = Path(run_dir) / STATUS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    status = json.loads(path.read_text(encoding="utf-8"))
+    if status["status"] == "running" and not psutil.pid_exists(status["pid"]):
+        status["status"] = "stopped"
+    return status
 
 
 def write_summary(run_dir, lines: dict[str, object]) -> Path:

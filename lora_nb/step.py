@@ -111,6 +111,8 @@ def optimise(job: Job, step: int) -> float:
         raise UserError(f"The gradient of step {step + 1} is not finite: nothing was updated; lower learning_rate, or take bf16 for fp16.")
     job.scaler.step(job.optimizer)  # skips the update where fp16 overflowed, and update() lowers the scale
     job.scaler.update()
+    if job.scaler.is_enabled() and job.scaler.get_scale() < 1:
+        raise UserError(f"fp16 overflows at every step up to {step + 1}: nothing is learned; take mixed_precision bf16, or fp32 where there is none.")  # fmt: skip
     return norm
 
 

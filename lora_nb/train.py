@@ -91,6 +91,7 @@ def _run(job: Job, on_event) -> Run:
         check_space(config.run_dir, _bytes_needed(job), "The run")
         config.save()
         metrics = Metrics(config.run_dir, step)
+        write_status(config.run_dir, "running", step=step, max_steps=config.max_steps)
         if step == 0 and config.validate_every:
             validator.draw(0, on_event)
     if job.accelerator.log_with:
@@ -289,7 +290,8 @@ def _has_lora(model) -> bool:
 
 
 def _try_status(run_dir, error) -> None:
+    status = "failed" if isinstance(error, Exception) else "stopped"  # a second Ctrl-C, or the kernel's end
     try:
-        write_status(run_dir, "failed", error=f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        write_status(run_dir, status, error=f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
     except (OSError, UserError):
         pass  # the disk is full: what failed is already on its way to the user

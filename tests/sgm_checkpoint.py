@@ -14,23 +14,23 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 OPENCLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
 
 
-def write(base: str, path):
+def write(base: str, path, dtype=torch.float32):
     """Every part of `base` in one file at `path`."""
     tensors = {}
-    unet = models.load_part(base, "unet")
+    unet = models.load_part(base, "unet", dtype)
     layers = unet.config.layers_per_block
     with_attention = {n for n, block in enumerate(unet.up_blocks) if getattr(block, "attentions", None)}
     for name, value in unet.state_dict().items():
         tensors[f"model.diffusion_model.{unet_name(name, layers, with_attention)}"] = value
-    vae = models.load_part(base, "vae")
+    vae = models.load_part(base, "vae", dtype)
     for name, value in vae.state_dict().items():
         renamed = vae_name(name, len(vae.config.block_out_channels))
         attention = re.search(r"attn_1\.(q|k|v|proj_out)\.weight", renamed)
         tensors[f"first_stage_model.{renamed}"] = value[:, :, None, None] if attention else value
-    for name, value in models.load_part(base, "text_encoder").state_dict().items():
+    for name, value in models.load_part(base, "text_encoder", dtype).state_dict().items():
         tensors[f"conditioner.embedders.0.transformer.text_model.{name.removeprefix('text_model.')}"] = value
-    tensors |= openclip(models.load_part(base, "text_encoder_2").state_dict())
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, path)
+    tensors |= openclip(models.load_part(base, "text_encoder_2", dtype).state_dict())
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
     return path
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -22,7 +25,7 @@ from lora_nb.train import train
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
+    """Stands for SIGKILL: nothing is saved because of it."""
 
 
 def kill_at(step):
@@ -121,7 +124,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(make_run):
     assert result_of(config, 6) == expected
 
 
-def test_what_breaks_continuity_is_named(make_run):
+def test_what_breaks_continuity_is_named(make_run, project):
     config = make_run(max_steps=2)
     train(config)
     changed = config.model_copy(update={"learning_rate": 0.5, "lora_rank": 8, "batch_size": 1, "log_every": 1})
@@ -133,6 +136,8 @@ def test_what_breaks_continuity_is_named(make_run):
         train(changed)
     same_step = make_run(max_steps=4, batch_size=1, gradient_accumulation_steps=2, log_every=1, save_total_limit=1)
     assert train(same_step).step == 4
+    moved = shutil.copytree(config.base_model, project / "moved")
+    assert train(same_step.model_copy(update={"base_model": str(moved)})).step == 4
     with pytest.raises(UserError, match="the data set changed"):
         train(make_run(max_steps=6, pictures=6))
 
@@ -267,7 +272,7 @@ def test_loss_that_is_not_finite_stops_before_the_update(make_run, monkeypatch):
 
 @pytest.mark.parametrize("settings", [
     {"loss_type": "huber"}, {"snr_gamma": None, "debiased_estimation": True}, {"use_rslora": True}, {"buckets": False},
-    {"mixed_precision": "bf16", "precision": "bf16"}, {"lora_target_modules": ["to_q", "to_v"]}, {"noise_offset": 0.1},
+    {"mixed_precision": "bf16", "precision": "bf16"}, {"lora_target_modules": ["to_q", "to_v"]}, {"enable_cpu_offload": True, "validate_every": 1},
 ])  # fmt: skip
 def test_settings_that_train(make_run, settings):
     run = train(make_run(max_steps=2, **settings))
@@ -313,6 +318,20 @@ def test_training_runs_in_a_thread(make_run):
     thread.start()
     thread.join()
     assert results[0].status == "finished"
+
+
+def test_a_process_that_is_gone_is_not_running(make_run):
+    config = make_run(max_steps=2)
+    with pytest.raises(Killed):
+        train(config, kill_at(1))
+    assert read_status(config.run_dir)["status"] == "stopped"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    path = config.run_dir / "status.json"
+    path.write_text(json.dumps({"status": "running", "pid": gone.pid}))
+    assert read_status(config.run_dir)["status"] == "stopped"
+    path.write_text(json.dumps({"status": "running", "pid": os.getpid()}))
+    assert read_status(config.run_dir)["status"] == "running"
 
 
 def test_one_trainer_a_folder(make_run):
