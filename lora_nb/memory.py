@@ -64,7 +64,7 @@ def on_device(module, device, stay: bool):
     try:
         yield module
     finally:
-        if not stay:
+        if not stay and torch.device(device).type != "cpu":
             module.to("cpu")
             release()
 

@@ -1,6 +1,7 @@
 """A random SDXL of the real classes, small enough to train in milliseconds, and runs on a few drawn pictures."""
 
 import hashlib
+import json
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lora_nb.buckets import buckets, nearest_bucket, plan_crop
-from lora_nb.config import Config, build
+from lora_nb.config import PRESETS, Config, build
 from lora_nb.manifest import PLAIN, CropRecord, Manifest, ManifestFile, Metadata, Sample, write_manifest
 
 SIZES = [(80, 80), (90, 90), (70, 70), (60, 100), (100, 60), (64, 64), (66, 110)]  # three buckets at 64 px
@@ -29,11 +30,9 @@ def build_tiny_sdxl(folder, scheduler=None):
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from lora_nb.models import SDXL, load_part
-
     torch.manual_seed(0)
-    text = dict(vocab_size=49408, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2)  # noqa: C408
-    one_file = SDXL / "model_index.json"  # stands for a single-file checkpoint: the bundled tokenizers
+    text = dict(vocab_size=514, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, eos_token_id=2)  # noqa: C408
+    tokenizers = write_tokenizers(folder / "words")
     StableDiffusionXLPipeline(
         unet=UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=40,
@@ -48,10 +47,23 @@ def build_tiny_sdxl(folder, scheduler=None):
         ),
         text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=16, **text)),
         text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=24, **text)),
-        tokenizer=load_part(one_file, "tokenizer"), tokenizer_2=load_part(one_file, "tokenizer_2"),
+        tokenizer=tokenizers[0], tokenizer_2=tokenizers[1],
         scheduler=scheduler or EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def write_tokenizers(folder):
+    """CLIP's two tokenizers with an alphabet for a vocabulary: loaded in no time."""
+    from transformers import CLIPTokenizer
+
+    alphabet = json.loads((PRESETS / "sdxl" / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    words = [*list(alphabet)[:512], "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    options = {"model_max_length": 77, "bos_token": words[-2], "eos_token": words[-1], "unk_token": words[-1]}
+    return [CLIPTokenizer.from_pretrained(folder, pad_token=pad, **options) for pad in (words[-1], "!")]
 
 
 @pytest.fixture(scope="session")
