@@ -22,7 +22,7 @@ HATS = ("none", "skullcap", "turban", "brimmed hat", "fur hat")
 PATTERNS = ("plain", "stripes", "dots", "checks")
 BEARDS = ("none", "full beard", "moustache")
 EXPRESSIONS = ("smiling", "sad", "surprised", "calm")
-FRAMINGS = {"close-up portrait": (0.22, 0.53), "half body": (0.165, 0.42), "full body": (0.128, 0.34)}  # radius, head's y
+FRAMINGS = {"close-up portrait": (0.22, 0.53), "half body": (0.18, 0.44), "full body": (0.14, 0.39)}  # radius, head's y
 BACKGROUNDS = ("steppe", "mountains", "desert", "night", "sea", "forest", "snow", "bazaar")
 PLACES = {
     "steppe": "on the green steppe", "mountains": "in front of mountains", "desert": "in the desert",
@@ -299,7 +299,7 @@ def _draw_person(image, scene):
     if scene.framing == "full body":
         feet = _Pen(image, cx, cy, radius)
         for side in (-1, 1):
-            feet.box(side * 0.62 - 0.36, 4.1, side * 0.62 + 0.36, 4.75, (74, 50, 40), 0.25)
+            feet.box(side * 0.62 - 0.36, 3.5, side * 0.62 + 0.36, 4.1, (74, 50, 40), 0.25)
     if scene.person == "woman":
         _Pen(image, cx, cy, radius).box(-1.18, -0.6, 1.18, 1.75, scene.hair_colour, 0.6)
     image.paste(_cloth(image.size, scene, cx, cy, radius), (0, 0), robe)
@@ -307,16 +307,16 @@ def _draw_person(image, scene):
     trim = _shade(scene.robe_colour, 0.6)
     pen.polygon([(-0.5, 1.0), (0.5, 1.0), (0, 1.9)], _shade(SKINS[scene.skin], 0.9))
     pen.line([(-0.6, 0.95), (0, 1.95), (0.6, 0.95)], trim, 0.16)
-    pen.box(-1.22, 2.75, 1.22, 3.1, trim)
+    pen.box(-1.25, 2.5, 1.25, 2.82, trim)
     for side in (-1, 1):
-        pen.ellipse(side * 1.72, 3.0, 0.3, 0.3, SKINS[scene.skin])
+        pen.ellipse(side * 1.72, 2.75, 0.3, 0.3, SKINS[scene.skin])
     _draw_head(pen, scene)
 
 
 def _robe_shape(pen, value):
-    pen.polygon([(-1.0, 0.95), (1.0, 0.95), (1.3, 1.3), (1.5, 4.3), (-1.5, 4.3), (-1.3, 1.3)], value)
+    pen.polygon([(-1.0, 0.95), (1.0, 0.95), (1.3, 1.3), (1.5, 3.75), (-1.5, 3.75), (-1.3, 1.3)], value)
     for side in (-1, 1):
-        pen.polygon([(side * 0.95, 0.95), (side * 1.45, 1.35), (side * 2.1, 2.8), (side * 1.4, 3.0), (side * 1.0, 1.9)], value)
+        pen.polygon([(side * 0.95, 0.95), (side * 1.45, 1.35), (side * 2.1, 2.55), (side * 1.4, 2.75), (side * 1.0, 1.8)], value)
 
 
 def _cloth(size, scene, cx, cy, radius):
@@ -325,20 +325,20 @@ def _cloth(size, scene, cx, cy, radius):
     pen, paint = _Pen(cloth, cx, cy, radius), _rgb(scene.pattern_colour)
     if scene.pattern == "stripes":
         for i in range(-4, 5):
-            pen.box(i * 0.62 - 0.15, 0.5, i * 0.62 + 0.15, 5, paint)
+            pen.box(i * 0.74 - 0.18, 0.5, i * 0.74 + 0.18, 5, paint)
     elif scene.pattern == "dots":
         for row in range(6):
             for column in range(-4, 5):
-                pen.ellipse((column + 0.5 * (row % 2)) * 0.74, 1.35 + row * 0.58, 0.2, 0.2, paint)
+                pen.ellipse((column + 0.5 * (row % 2)) * 0.9, 1.35 + row * 0.66, 0.25, 0.25, paint)
     elif scene.pattern == "checks":
         for row in range(8):
             for column in range(-5, 5):
                 if (row + column) % 2:
-                    pen.box(column * 0.5, 0.6 + row * 0.5, column * 0.5 + 0.5, 1.1 + row * 0.5, paint)
+                    pen.box(column * 0.62, 0.6 + row * 0.62, column * 0.62 + 0.62, 1.22 + row * 0.62, paint)
     elif scene.pattern == "zigzags":
-        for y in (1.65, 2.4, 3.5):
+        for y in (1.75, 3.25):
             left, right = (cx - 2.4 * radius, cx + 2.4 * radius)
-            _zigzag(pen.pen, left, right, cy + y * radius, 0.2 * radius, 0.8 * radius, max(1, round(0.22 * radius)), paint)
+            _zigzag(pen.pen, left, right, cy + y * radius, 0.26 * radius, 1.1 * radius, max(1, round(0.36 * radius)), paint)
     elif scene.pattern == "diamonds":
         for row in range(3):
             for column in range(-2, 3):
