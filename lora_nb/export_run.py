@@ -1,20 +1,22 @@
-"""Export what a run made: its last weights as training ends, or any checkpoint later, with every proof.
+"""Export what a run made: its last weights as training ends, or any checkpoint later, with every proof and a model card.
 
 A checkpoint is exported without the base's weights: its LoRA is put into a hollow model of the base's shapes.
 """
 
+import json
 from pathlib import Path
 
 from lora_nb import models
-from lora_nb.checkpoint import damage, list_checkpoints, load_checkpoint
+from lora_nb.checkpoint import damage, full_disk_is_a_sentence, list_checkpoints, load_checkpoint
 from lora_nb.config import Config, read_config
 from lora_nb.errors import UserError
 from lora_nb.events import OnEvent, ignore
-from lora_nb.export import FORMATS, ExportResult, export_lora
+from lora_nb.export import DIFFUSERS_FILE, FORMATS, ExportResult, export_lora
 from lora_nb.files import project_root, sha256_file
 from lora_nb.lora_names import PARTS
 from lora_nb.manifest import best_manifest, read_manifest
 from lora_nb.metadata import lora_metadata
+from lora_nb.model_card import write_model_card
 from lora_nb.proof import PictureRoad, fill_with_zero, library_roads
 
 
@@ -23,6 +25,7 @@ def export_trained(
     formats=FORMATS, dtype: str | None = None, picture: PictureRoad | None = None, on_event: OnEvent = ignore,
 ) -> ExportResult:  # fmt: skip
     """Export adapters of `step` with the run's own header, proved by diffusers, PEFT and, if one is given, a picture.
+    A model card with the validation pictures of that step lies beside the files.
 
     text_encoders: a pair, None where one has no adapter. run_dir, into, run_name and dtype: default those of the
     configuration, and `final/`.
@@ -35,10 +38,25 @@ def export_trained(
         buckets=[sample.bucket for sample in samples], manifest_sha256=sha256_file(path), prediction_type=prediction_type,
     )  # fmt: skip
     roads = (*library_roads(unet, text_encoders), *([picture] if picture else []))
-    return export_lora(
-        into or run_dir / "final", unet, text_encoders, run_name=run_name or config.run_name, metadata=metadata,
-        dtype=dtype or config.export_dtype, formats=formats, roads=roads, on_event=on_event,
-    )  # fmt: skip
+    with full_disk_is_a_sentence(run_dir):
+        result = export_lora(
+            into or run_dir / "final", unet, text_encoders, run_name=run_name or config.run_name, metadata=metadata,
+            dtype=dtype or config.export_dtype, formats=formats, roads=roads, on_event=on_event,
+        )  # fmt: skip
+        if any(path.suffix == ".safetensors" and path.name != DIFFUSERS_FILE for path in result.files):
+            write_model_card(result.folder, validation_samples(run_dir, step))
+    return result
+
+
+def validation_samples(run_dir, step: int, most: int = 4) -> list[tuple[Path, str]]:
+    """(picture, prompt) of one seed of each prompt drawn at `step`, at most `most`; none where none were drawn."""
+    folder = Path(run_dir) / "validation_images" / f"step-{step}"
+    if not (folder / "prompts.json").is_file():
+        return []
+    first = {}
+    for entry in json.loads((folder / "prompts.json").read_text(encoding="utf-8"))["pictures"]:
+        first.setdefault(entry["prompt"], folder / entry["file"])
+    return [(path, prompt) for prompt, path in list(first.items())[:most] if path.is_file()]
 
 
 def export_checkpoint(

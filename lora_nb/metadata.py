@@ -3,15 +3,19 @@
 Nothing private goes in: absolute paths shrink to their last name, and settings that look like secrets stay out.
 """
 
+import base64
 import datetime
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import re
 from collections import Counter
 from pathlib import PurePosixPath, PureWindowsPath
+
+from PIL import Image
 
 from lora_nb.lora_file import safetensors_bytes
 
@@ -93,6 +97,16 @@ def lora_metadata(
         MANIFEST_KEY: manifest_sha256,
     }
     return {key: str(value) for key, value in header.items() if value not in (None, "")}
+
+
+def thumbnail(picture, side: int = 256) -> str:
+    """A picture (path or PIL image) as the small JPEG data URL that modelspec's thumbnail is."""
+    image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    image = image.convert("RGB")
+    image.thumbnail((side, side))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def _optimizer(settings) -> str | None:

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from lora_nb.errors import UserError
+from lora_nb.export import DIFFUSERS_FILE
 from lora_nb.files import write_atomic
 from lora_nb.inspect_lora import inspect_lora
 from lora_nb.lora_file import read_safetensors
@@ -48,7 +49,7 @@ def write_model_card(final, samples=()) -> Path:
 
 def _main_file(final: Path) -> Path:
     """The kohya file: the one .safetensors in `final` that is not diffusers'."""
-    found = [path for path in sorted(final.glob("*.safetensors")) if path.name != "pytorch_lora_weights.safetensors"]
+    found = [path for path in sorted(final.glob("*.safetensors")) if path.name != DIFFUSERS_FILE]
     if not found:
         raise UserError(f"{final} holds no exported LoRA; train or export first.")
     return found[0]

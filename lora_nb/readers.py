@@ -68,6 +68,7 @@ def sgm_to_diffusers(config) -> dict[str, str]:
     levels = len(config["block_out_channels"])
     depth = config["transformer_layers_per_block"]
     depth = [depth] * levels if isinstance(depth, int) else list(depth)
+    depth_up = config.get("reverse_transformer_layers_per_block") or depth[::-1]
 
     names = dict(_OUTER)
     for level in range(levels):
@@ -75,12 +76,12 @@ def sgm_to_diffusers(config) -> dict[str, str]:
             entry = f"input_blocks.{1 + level * (per_level + 1) + layer}"
             names |= _resnet(f"{entry}.0", f"down_blocks.{level}.resnets.{layer}")
             if "CrossAttn" in down[level]:
-                names |= _transformer(f"{entry}.1", f"down_blocks.{level}.attentions.{layer}", depth[level])
+                names |= _transformer(f"{entry}.1", f"down_blocks.{level}.attentions.{layer}", _of_layer(depth[level], layer))
         if level < levels - 1:
             names[f"input_blocks.{(level + 1) * (per_level + 1)}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
 
     names |= _resnet("middle_block.0", "mid_block.resnets.0") | _resnet("middle_block.2", "mid_block.resnets.1")
-    names |= _transformer("middle_block.1", "mid_block.attentions.0", depth[-1])
+    names |= _transformer("middle_block.1", "mid_block.attentions.0", _of_layer(depth[-1], 0))
 
     for level in range(levels):
         attends = "CrossAttn" in up[level]
@@ -88,10 +89,15 @@ def sgm_to_diffusers(config) -> dict[str, str]:
             entry = f"output_blocks.{level * (per_level + 1) + layer}"
             names |= _resnet(f"{entry}.0", f"up_blocks.{level}.resnets.{layer}")
             if attends:
-                names |= _transformer(f"{entry}.1", f"up_blocks.{level}.attentions.{layer}", depth[levels - 1 - level])
+                names |= _transformer(f"{entry}.1", f"up_blocks.{level}.attentions.{layer}", _of_layer(depth_up[level], layer))
         if level < levels - 1:
             names[f"{entry}.{1 + attends}.conv"] = f"up_blocks.{level}.upsamplers.0.conv"
     return names
+
+
+def _of_layer(depth, layer: int) -> int:
+    """Distilled SDXLs give a depth a layer where SDXL has one a level."""
+    return depth if isinstance(depth, int) else depth[min(layer, len(depth) - 1)]
 
 
 def _resnet(sgm: str, diffusers: str) -> dict[str, str]:

@@ -33,6 +33,9 @@ def test_training_ends_in_proved_files_and_any_checkpoint_exports(trained):
     assert all(check.total for check in run.export.checks), str(run.export)
     assert read_result(config.run_dir / "final") == run.export
     assert dict(inspect_lora(config.run_dir / "final" / "run.safetensors").rows)["trigger"] == "hero"
+    card = (config.run_dir / "final" / "README.md").read_text(encoding="utf-8")
+    assert "![hero, number 3](samples/0.png)" in card and (config.run_dir / "final" / "samples" / "0.png").is_file()
+    assert str(config.run_dir.parent) not in card
 
     last = export_checkpoint(config.run_dir, 6)
     assert last.ok and last.folder == config.run_dir / "exports" / "step-6"

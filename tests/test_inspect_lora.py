@@ -1,10 +1,13 @@
 """inspect and replay: our files, other programs' files, and files that are no LoRA at all."""
 
+import base64
+import io
 import json
 
 import lora_models
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from lora_nb.config import build, read_config
@@ -12,7 +15,7 @@ from lora_nb.errors import UserError
 from lora_nb.export import export_lora
 from lora_nb.inspect_lora import inspect_lora
 from lora_nb.lora_file import read_safetensors
-from lora_nb.metadata import lora_metadata
+from lora_nb.metadata import lora_metadata, thumbnail
 from lora_nb.readers import programs, spelled_for
 from lora_nb.replay import replay, write_replay
 
@@ -51,6 +54,14 @@ def test_what_programs_read_in_the_header(exported):
     assert json.loads(metadata["ss_bucket_info"])["buckets"]["1"] == {"resolution": [128, 128], "count": 1}
     assert metadata["sshs_model_hash"] == metadata["modelspec.hash_sha256"].removeprefix("0x")
     assert all(isinstance(value, str) for value in metadata.values())
+
+
+def test_a_thumbnail_is_a_small_jpeg(tmp_path):
+    Image.new("RGBA", (900, 600), "red").save(tmp_path / "big.png")
+    header = lora_metadata("hero", thumbnail=thumbnail(tmp_path / "big.png"))
+    kind, content = header["modelspec.thumbnail"].split(",", 1)
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert kind == "data:image/jpeg;base64" and picture.size == (256, 171)
 
 
 def test_the_header_holds_nothing_private(tmp_path):
