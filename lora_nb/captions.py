@@ -108,7 +108,7 @@ def estimate_tokens(caption: str) -> list[tuple[str, int]]:
 
 def _piece_tokens(piece):
     if not piece.isascii():
-        return max(1, math.ceil(len(piece.encode()) / 3))
+        return max(1, math.ceil(len(piece.encode()) / 2))
     return 1 if len(piece) <= 7 else math.ceil(len(piece) / 7)
 
 

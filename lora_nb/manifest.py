@@ -75,7 +75,7 @@ class Sample(_Strict):
     def _crop_holds_bucket(self):
         right, bottom = self.crop.left + self.bucket[0], self.crop.top + self.bucket[1]
         if right > self.crop.resized[0] or bottom > self.crop.resized[1]:
-            raise ValueError("the bucket does not lie within the resized picture")
+            raise ValueError("the crop (left, top) puts the bucket outside the resized picture")
         return self
 
 
@@ -189,7 +189,7 @@ def read_manifest(path) -> Manifest:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{path.name} cannot be used: {place}: {first['msg']}; run notebook 01 again to rewrite it."
+            f"{path.name} cannot be used: {place}: {first['msg'].removeprefix('Value error, ')}; run notebook 01 again to rewrite it."
         ) from None
 
 
