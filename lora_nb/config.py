@@ -111,7 +111,7 @@ class Config(BaseModel):
     use_tensorboard: bool = setting(False, "TensorBoard through accelerate; under the run's logs/")
     validate_every: int | None = setting(50, "steps between validation pictures (some seconds each); null draws none", ge=1)
     num_validation_images: int = setting(4, "pictures a prompt, one a seed", ge=0)
-    validation_prompts: list[str] = setting([], "what to draw; an empty list draws the trigger token")
+    validation_prompts: list[str] = setting([], "what to draw, {trigger} stands for the trigger token; an empty list draws that alone")
     validation_seeds: list[int] = setting([42, 123, 456, 789], "one a picture; fixed, so that steps can be compared")
     validation_steps: int = setting(25, "denoising steps a validation picture", ge=1)
     validation_guidance: float = setting(5.0, "classifier-free guidance of validation pictures", ge=1)
@@ -143,8 +143,8 @@ class Config(BaseModel):
 
     @property
     def prompts(self) -> list[str]:
-        """What validation draws."""
-        return self.validation_prompts or [self.trigger_token]
+        """What validation draws, with the trigger token in the place of {trigger}."""
+        return [prompt.replace("{trigger}", self.trigger_token) for prompt in self.validation_prompts] or [self.trigger_token]
 
     @property
     def text_encoder_learning_rates(self) -> tuple[float, float]:
@@ -312,6 +312,15 @@ def _read_yaml(path) -> tuple[dict, dict]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no `name: value` lines.")
     return values, dict(re.findall(r"^(\w+):.*?\s#\s+(.+?)\s*$", text, flags=re.MULTILINE))
+
+
+def read_value(text: str):
+    """What was typed, as YAML reads it, and 1e-4 as the number that everybody means."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _sentence(problem) -> str:

@@ -205,7 +205,7 @@ def open_evaluation(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"There is no trained run at {run_dir}: check RUN_NAME, or run notebook 03 first.")
     config, manifest_path = read_config(run_dir / "config.yaml"), best_manifest(run_dir)
-    manifest, device = read_manifest(manifest_path), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    manifest, device = read_manifest(manifest_path), device or models.default_device()
     files = find_checkpoints(run_dir, on_event)
     train, held_out = ([sample.caption for sample in part] for part in (manifest.train(), manifest.held_out()))
     if len(held_out) < 2:

@@ -44,6 +44,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 transformers.utils.logging.disable_progress_bar()  # parts load in seconds, and on_event tells what matters
 
 
+def default_device() -> str:
+    """"cuda" where there is one, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_part(base_model: str, part: str, dtype=torch.float32, device="cpu"):
     """One part of a base, frozen and in eval mode: unet, vae, text_encoder(_2), tokenizer(_2), scheduler, noise_scheduler.
 

@@ -5,9 +5,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from lora_nb.config import load_config
+from lora_nb.config import load_config, read_value
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Progress, ignore
 from lora_nb.files import write_json
@@ -30,17 +28,8 @@ def parse_grid(words) -> dict[str, list]:
         name, sign, values = word.partition("=")
         if not sign or not values:
             raise UserError(f"{word!r} is not of the form setting=value,value.")
-        grid[name] = [_value(value) for value in values.split(",")]
+        grid[name] = [read_value(value) for value in values.split(",")]
     return grid
-
-
-def _value(text: str):
-    """As YAML reads it, and 1e-4 as the number that everybody means."""
-    value = yaml.safe_load(text)
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def trials_of(grid: dict[str, list], sweep_name: str, preset: str = "auto", yaml_path=None) -> list[Trial]:

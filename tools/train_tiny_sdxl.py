@@ -56,8 +56,8 @@ def parse_options():
     parser.add_argument("--out", type=Path, default=ROOT / "data", help="where tiny_sdxl and tiny_clip are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=8500)
-    parser.add_argument("--unet-steps", type=int, default=6000)
-    parser.add_argument("--clip-steps", type=int, default=2500)
+    parser.add_argument("--unet-steps", type=int, default=4400)
+    parser.add_argument("--clip-steps", type=int, default=1600)
     parser.add_argument("--scenes", type=int, default=20000, help="base scenes for the UNet")
     parser.add_argument("--processes", type=int, default=2, help="for drawing")
     return parser.parse_args()
@@ -246,7 +246,7 @@ def train_unet(options):
     stacks = [torch.stack([scenes["latents"][i] for i in members]).to(DEVICE) for members in by_ratio]
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
 
-    def loss_at(step, batch=32):
+    def loss_at(step, batch=16):
         rng = torch.Generator().manual_seed(options.seed * 10_000_019 + step)
         ratio = step % len(RATIOS)
         rows = torch.randint(len(by_ratio[ratio]), (batch,), generator=rng)
@@ -268,7 +268,7 @@ def train_unet(options):
             output = unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, prompt_embeds, added_cond_kwargs=conditions).sample
         return F.mse_loss(output.float(), noise)
 
-    fit("unet", [unet, *encoders], loss_at, options.unet_steps, 1.5e-3, options.work)
+    fit("unet", [unet, *encoders], loss_at, options.unet_steps, 1.2e-3, options.work)
     for name, part in (("unet", unet), ("text_encoder", encoders[0]), ("text_encoder_2", encoders[1])):
         torch.save(part.state_dict(), options.work / f"{name}_final.pt")
 
