@@ -55,7 +55,8 @@ def train(config: Config, on_event=ignore) -> Run:
     there, else encodes as it goes. Under `accelerate launch` all processes call this. Raises UserError.
     """
     trackers = [name for name, wanted in {"wandb": config.use_wandb, "tensorboard": config.use_tensorboard}.items() if wanted]
-    accelerator = Accelerator(log_with=trackers or None, project_dir=str(config.run_dir / "logs"))
+    # Half precision is ours (see Job.autocast), whatever accelerate's own configuration says.
+    accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(config.run_dir / "logs"))
     tell = on_event if accelerator.is_main_process else ignore
     device = accelerator.device.type
     config.check_machine(device, bf16=device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))

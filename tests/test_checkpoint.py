@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_full_disk_leaves_the_last_one_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         assert refused == 5, refused
     """)
-    result = subprocess.run([sys.executable, "-c", child, tmp_path, "tests"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", child, tmp_path, Path(__file__).parent], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 

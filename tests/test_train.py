@@ -342,6 +342,14 @@ def test_a_process_that_is_gone_is_not_running(make_run):
     assert read_status(config.run_dir)["status"] == "running"
 
 
+def test_rows_that_a_kill_cut_short_are_left_out(tmp_path):
+    path = tmp_path / runlog.METRICS
+    path.write_text("step,loss,learning_rate,epoch,grad_norm\n2,0.5,0.1,1,0\n4,0.25,0.1,2,0\n6,0.1")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [2, 4]
+    runlog.Metrics(tmp_path, first_step=2).write(step=3, loss=1 / 3, learning_rate=0.1, epoch=1.5, grad_norm=2.0)
+    assert path.read_text() == "step,loss,learning_rate,epoch,grad_norm\n2,0.5,0.1,1,0\n3,0.33333333,0.1,1.5,2\n"
+
+
 def test_one_trainer_a_folder(make_run):
     config = make_run()
     with runlog.only_trainer(config.run_dir), pytest.raises(UserError, match="Another training"):
