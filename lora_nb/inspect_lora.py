@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lora_nb.dialects import RawModule, raw_modules
 from lora_nb.errors import UserError
-from lora_nb.lora_file import RawModule, raw_modules, read_safetensors
+from lora_nb.lora_file import read_safetensors
 from lora_nb.metadata import MANIFEST_KEY
 from lora_nb.readers import spelled_for
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lora_nb.export import PEFT_FOLDERS, Check, Road
+from lora_nb.checks import Check, Road
+from lora_nb.export import PEFT_FOLDERS
 from lora_nb.lora_file import LoraModule, lora_of
 from lora_nb.lora_names import PARTS
 from lora_nb.models import PeftModel, StableDiffusionXLPipeline, diffusers

@@ -4,9 +4,10 @@ from collections import Counter
 
 import torch
 
+from lora_nb.dialects import read_lora
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, OnEvent, ignore
-from lora_nb.lora_file import LoraModule, read_lora
+from lora_nb.lora_file import LoraModule
 from lora_nb.lora_names import PARTS, classic_path
 
 

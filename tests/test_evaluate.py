@@ -12,10 +12,11 @@ from PIL import Image
 
 from lora_nb import models, results
 from lora_nb.choose import Choice
+from lora_nb.dialects import read_lora
 from lora_nb.errors import UserError
 from lora_nb.evaluate import find_checkpoints, open_evaluation, spread
 from lora_nb.events import Notice
-from lora_nb.lora_file import read_lora, relative_difference
+from lora_nb.lora_file import relative_difference
 from lora_nb.loss_grid import loss_grid
 
 

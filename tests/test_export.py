@@ -9,9 +9,11 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from lora_nb import export
+from lora_nb.checks import read_result
+from lora_nb.dialects import read_lora
 from lora_nb.errors import UserError
-from lora_nb.export import export_lora, read_result
-from lora_nb.lora_file import LoraModule, lora_of, read_lora, read_safetensors, relative_difference, safetensors_bytes
+from lora_nb.export import export_lora
+from lora_nb.lora_file import LoraModule, lora_of, read_safetensors, relative_difference, safetensors_bytes
 from lora_nb.lora_names import classic_path, kohya_name, sgm_blocks
 from lora_nb.memory import quantize_nf4
 from lora_nb.proof import PictureRoad, library_roads, picture_difference
@@ -101,6 +103,13 @@ def test_what_few_steps_have_learned_survives_fp16(adapted, tmp_path, size):
             parameter.data *= size
     result = export_lora(tmp_path / "final", adapted, run_name="hero", dtype="fp16", roads=library_roads(adapted), formats=("kohya",))
     assert result.ok, str(result)
+
+
+def test_what_fp16_cannot_hold_is_not_kept(adapted, tmp_path):
+    next(parameter for name, parameter in adapted.named_parameters() if "lora_B" in name).data *= 1e7
+    result = export_lora(tmp_path / "final", adapted, run_name="hero", formats=("kohya",), roads=library_roads(adapted))
+    assert result.rejected == ("hero.safetensors",) and [check.ok for check in result.checks].count(False) == 2
+    assert export_lora(tmp_path / "final", adapted, run_name="hero", formats=("kohya",), dtype="fp32").ok
 
 
 def test_a_module_that_does_next_to_nothing_fails_no_file(adapted, tmp_path):

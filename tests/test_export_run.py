@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
+from lora_nb.checks import read_result
 from lora_nb.errors import UserError
-from lora_nb.export import read_result
 from lora_nb.export_run import export_checkpoint
 from lora_nb.inspect_lora import inspect_lora
 from lora_nb.lora_file import read_safetensors

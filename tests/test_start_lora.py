@@ -8,9 +8,10 @@ from diffusers.utils import convert_state_dict_to_kohya
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from lora_nb.dialects import read_lora
 from lora_nb.errors import UserError
 from lora_nb.export import export_lora
-from lora_nb.lora_file import lora_of, read_lora, relative_difference
+from lora_nb.lora_file import lora_of, relative_difference
 from lora_nb.models import empty_part
 from lora_nb.start_lora import start_from_lora
 from lora_nb.train import train
