@@ -58,12 +58,12 @@ def window_hashes(grey: np.ndarray) -> np.ndarray:
     return np.packbits(waves > middle, axis=1).view(">u8").astype(np.uint64).ravel()
 
 
-def signature(grey: Image.Image) -> dict:
-    """What the search needs of a grey picture: itself as a small square, the pHash of it and its mirror image, of its windows.
+def signature(image: Image.Image) -> dict:
+    """What the search needs of a picture: a small grey square, the pHash of it and its mirror image, of its windows.
 
     Strings only, so that it travels as JSON.
     """
-    grey = grey.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0)
+    grey = image.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0).convert("L")
     windows = window_hashes(np.asarray(grey, dtype=np.float32))
     return {
         "phash": str(imagehash.phash(grey)),

@@ -111,12 +111,13 @@ def _unidentified(data: bytes) -> str:
 def _upright(image, notices):
     try:
         orientation = image.getexif().get(0x0112, 1)
+        if orientation not in range(2, 9):
+            return image
         turned = ImageOps.exif_transpose(image)
     except Exception as error:  # a damaged EXIF block must not cost the picture
         notices.append(("exif-damaged", {"reason": _reason(error)}))
         return image
-    if orientation in range(2, 9):
-        notices.append(("exif-rotated", {}))
+    notices.append(("exif-rotated", {}))
     return turned
 
 
@@ -132,7 +133,7 @@ def _to_srgb(image, notices):
         raise BadPicture("unsupported-mode", mode=image.mode)
     if image.mode in ("L", "1"):
         notices.append(("greyscale", {}))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _through_profile(image, profile, notices):
@@ -168,18 +169,20 @@ def _on_background(image, notices):
     return Image.alpha_composite(canvas, image).convert("RGB")
 
 
-BLUR_SIDE = 256  # pixels; the centre square that blur is judged by, at training scale
+BLUR_SIDE = 192  # pixels; the centre square that blur is judged by, at training scale
 
 
-def blur(grey: Image.Image, resolution: int) -> float:
-    """How blurred a grey picture will be at `resolution`: 0 crisp, 1 smooth (Crété-Roffet et al. 2007).
+def blur(image: Image.Image, resolution: int) -> float:
+    """How blurred a picture will be at `resolution`: 0 crisp, 1 smooth (Crété-Roffet et al. 2007).
 
     Blurring a sharp picture once more takes most of its edges away, blurring a blurred one hardly any. So the measure
     does not depend on how much there is to see. Above about 0.6 a Gaussian of two pixels or more went over it.
     """
-    grey = grey.reduce(max(1, int((grey.width * grey.height) ** 0.5 / resolution)))
-    left, top = max(0, (grey.width - BLUR_SIDE) // 2), max(0, (grey.height - BLUR_SIDE) // 2)
-    grey = grey.crop((left, top, min(grey.width, left + BLUR_SIDE), min(grey.height, top + BLUR_SIDE)))
+    shrink = max(1, int((image.width * image.height) ** 0.5 / resolution))
+    side = BLUR_SIDE * shrink
+    left, top = max(0, (image.width - side) // 2), max(0, (image.height - side) // 2)
+    middle = image.crop((left, top, min(image.width, left + side), min(image.height, top + side)))
+    grey = middle.reduce(shrink).convert("L")
     sharp, soft = (np.asarray(each, dtype=np.int16) for each in (grey, grey.filter(ImageFilter.BoxBlur(4))))
     worst = 0.0
     for axis in (0, 1):
@@ -205,7 +208,6 @@ def inspect(job: dict) -> dict:
     except BadPicture as bad:
         found["bad"] = [bad.code, bad.facts]
         return found
-    grey = image.convert("L")
-    signed = signature(grey)
+    signed = signature(image)
     found |= facts | {"notices": notices, "width": image.width, "height": image.height}
-    return found | {"signature": signed, "contrast": contrast(signed), "blur": blur(grey, job["resolution"])}
+    return found | {"signature": signed, "contrast": contrast(signed), "blur": blur(image, job["resolution"])}

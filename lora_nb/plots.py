@@ -142,7 +142,7 @@ def crop_preview(cells):
     """Before and after: a cell is (original, (left, top, right, bottom) kept of it in its pixels, the bucket's picture)."""
     figure = Figure(figsize=(2.3 * max(1, len(cells)), 4.8), dpi=70, layout="constrained")
     grid = figure.subplots(2, max(1, len(cells)), squeeze=False)
-    for (above, below), (before, (left, top, right, bottom), after) in zip(grid.T, cells, strict=True):
+    for (above, below), (before, (left, top, right, bottom), after) in zip(grid.T, cells, strict=False):
         above.imshow(before)
         above.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor="red", linewidth=2))
         above.set_title(f"{before.width} x {before.height}", fontsize=8)

@@ -6,11 +6,13 @@ process that holds a GPU, and a script without an `if __name__ == "__main__"` gu
 
 import importlib
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def run_isolated(function: str, inputs, on_result, workers=None, time_limit_s=30
     lanes = [_Lane(function, todo, results, stop, time_limit_s) for _ in range(count)]
     try:
         for _ in inputs:
-            index, result = results.get()
+            index, result = _next(results, lanes)
             if isinstance(result, BaseException):
                 raise result
             on_result(index, result)
@@ -64,6 +66,17 @@ def run_isolated(function: str, inputs, on_result, workers=None, time_limit_s=30
             lane.kill()
 
 
+def _next(results, lanes):
+    """The next result. Meanwhile workers that have passed their time limit are killed."""
+    while True:
+        for lane in lanes:
+            lane.end_if_late()
+        try:
+            return results.get(timeout=0.1)
+        except queue.Empty:
+            continue
+
+
 class _Lane(threading.Thread):
     """One thread that feeds one child process, and replaces the child when it dies."""
 
@@ -71,7 +84,7 @@ class _Lane(threading.Thread):
         super().__init__(daemon=True)
         self.function, self.todo, self.results, self.stop = function, todo, results, stop
         self.time_limit_s = time_limit_s
-        self.child, self.hung = None, False
+        self.child, self.hung, self.deadline = None, False, math.inf
         self.start()
 
     def run(self):
@@ -96,10 +109,7 @@ class _Lane(threading.Thread):
     def _ask(self, item):
         if self.child is None or self.child.poll() is not None:
             self._start_child()
-        self.hung = False
-        timer = threading.Timer(self.time_limit_s, self._hang)
-        timer.daemon = True
-        timer.start()
+        self.hung, self.deadline = False, time.monotonic() + self.time_limit_s
         try:
             self.child.stdin.write(json.dumps(item).encode() + b"\n")
             self.child.stdin.flush()
@@ -107,7 +117,7 @@ class _Lane(threading.Thread):
         except OSError:
             answer = b""
         finally:
-            timer.cancel()
+            self.deadline = math.inf
         if answer.endswith(b"\n"):
             return _unpack(json.loads(answer))
         self.kill()
@@ -126,16 +136,16 @@ class _Lane(threading.Thread):
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=os.name == "posix",  # an interrupt is for the parent, which ends its children
         )
-        timer = threading.Timer(START_LIMIT_S, self.child.kill)
-        timer.start()
+        self.deadline = time.monotonic() + START_LIMIT_S
         ready = self.child.stdout.readline()
-        timer.cancel()
+        self.deadline = math.inf
         if ready != b"ready\n":
             raise RuntimeError(f"a worker process did not start: {sys.executable} -m lora_nb.workers {self.function}")
 
-    def _hang(self):
-        self.hung = True
-        self.child.kill()
+    def end_if_late(self):
+        if time.monotonic() > self.deadline:
+            self.hung = True
+            self.child.kill()
 
     def kill(self):
         child = self.child
