@@ -96,3 +96,8 @@ def caption_editor(captions: dict, overrides: dict, on_change, write_file=None):
     keep.on_click(store)
     choose()
     return widgets.VBox([chosen, text, widgets.HBox([keep, into_file]), said])
+
+
+def preset_picker(value: str, presets):
+    """Choose a preset; `.value` is the choice, at first `value`, the notebook's parameter. presets: names without "auto"."""
+    return widgets.Dropdown(options=["auto", *presets], value=value, description="preset")

@@ -36,7 +36,7 @@ def test_imports_have_no_cycle():
     graph = {module: imports(module)[0] - {"", module} for module in MODULES}
     assert len(graph) > 20
     order = list(graphlib.TopologicalSorter(graph).static_order())
-    assert order.index("files") < order.index("dataset") < order.index("cache") < order.index("train") < order.index("__main__")
+    assert order.index("files") < order.index("manifest") < order.index("cache") < order.index("train") < order.index("__main__")
 
 
 def test_plots_import_none_of_our_modules():
