@@ -157,7 +157,9 @@ def export(options):
     from lora_nb.export import FORMATS
     from lora_nb.export_run import export_checkpoint
 
-    print(export_checkpoint(options.run, options.checkpoint, formats=options.formats or FORMATS, dtype=options.dtype, on_event=printer()))
+    done = export_checkpoint(options.run, options.checkpoint, formats=options.formats or FORMATS, dtype=options.dtype, on_event=printer())
+    print(done)
+    return 0 if done.ok else 1
 
 
 def inspect(options):
