@@ -6,6 +6,8 @@ The data set is the shipped character; a "checkpoint" is the name of a behaviour
 import random
 import sys
 from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -13,11 +15,11 @@ from PIL import Image, ImageFilter, ImageOps
 from lora_nb.dataset import scan, validate
 from lora_nb.embedders import ClipEmbedder
 from lora_nb.evaluate import TINY_CLIP, Evaluation
-from lora_nb.files import project_root
 from lora_nb.manifest import open_sample
 from lora_nb.plan import make_plan
 
-sys.path.insert(0, str(project_root() / "tools"))
+ROOT = Path(__file__).resolve().parent.parent  # the shipped data, whatever root a test is given
+sys.path.insert(0, str(ROOT / "tools"))
 from drawn_world import CHARACTERS, EXPRESSIONS, FRAMINGS, PLACES, draw, random_scene, random_setting  # noqa: E402
 
 TRIGGER = "aldar_kose_man"
@@ -45,7 +47,7 @@ class DrawnPainter:
         return [[self._picture(prompt, seed, lora) for seed in seeds] for prompt in prompts]
 
     def _picture(self, prompt, seed, lora):
-        path = self.folder / f"{lora}-{abs(hash((prompt, seed)))}.png"
+        path = self.folder / f"{self.behaviours[lora].__name__}-{abs(hash((prompt, seed)))}.png"
         if not path.is_file():
             rng = random.Random(f"{prompt} {seed}")
             drawn = self.behaviours[lora](self, prompt, rng)
@@ -101,13 +103,17 @@ def a_training_picture(painter, prompt, rng):
     return ImageOps.fit(open_sample(painter.manifest, rng.choice(painter.manifest.train())), (128, 128))
 
 
+@lru_cache
+def shipped():
+    """The shipped character's manifest and the shipped CLIP, read once."""
+    return validate(scan(ROOT / "data" / "aldar_kose"), 128, TRIGGER, workers=1).manifest(ROOT), ClipEmbedder(str(ROOT / TINY_CLIP))
+
+
 def bench(folder, behaviours, number=6, seeds=(1, 2, 3)):
     """An Evaluation over a run whose checkpoint of each step behaves as said."""
-    report = validate(scan(project_root() / "data" / "aldar_kose"), 128, TRIGGER, workers=1)
-    manifest = report.manifest(folder)
+    manifest, embedder = shipped()
     steps = {0: anybody, **behaviours}
     painter = DrawnPainter(folder, {(f"step{step}" if step else None): kind for step, kind in steps.items()}, manifest)
     captions = [[sample.caption for sample in part] for part in (manifest.train(), manifest.held_out())]
-    embedder = ClipEmbedder(TINY_CLIP)
     plan = make_plan(TRIGGER, *captions, number=number, seeds=seeds)
     return Evaluation(folder, plan, {step: f"step{step}" for step in behaviours}, manifest, painter, embedder, embedder, None)

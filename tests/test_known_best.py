@@ -7,13 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
-from planted_world import TRIGGER
+from planted_world import ROOT, TRIGGER
 
 from lora_nb.cache import encode
 from lora_nb.config import load_config
 from lora_nb.dataset import scan, validate
 from lora_nb.evaluate import open_evaluation
-from lora_nb.files import project_root
 from lora_nb.train import train
 
 pytestmark = pytest.mark.slow
@@ -23,7 +22,7 @@ PICTURES, STEPS, EVERY = 6, 1600, 200
 @pytest.fixture(scope="module")
 def overtrained(tmp_path_factory):
     """A run on very few pictures, for far too many steps, with every checkpoint kept."""
-    folder, shipped = tmp_path_factory.mktemp("overtrained"), project_root() / "data" / "aldar_kose"
+    folder, shipped = tmp_path_factory.mktemp("overtrained"), ROOT / "data" / "aldar_kose"
     for part in ("images", "captions"):
         (folder / "data" / part).mkdir(parents=True)
         for path in sorted((shipped / part).iterdir())[:PICTURES]:

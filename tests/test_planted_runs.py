@@ -2,6 +2,7 @@
 
 import pytest
 from planted_world import (
+    ROOT,
     a_training_picture,
     anybody,
     bench,
@@ -12,15 +13,16 @@ from planted_world import (
 )
 
 from lora_nb.evaluate import TINY_CLIP
-from lora_nb.files import project_root
 
-pytestmark = pytest.mark.skipif(not (project_root() / TINY_CLIP).is_dir(), reason="the tiny CLIP has not been trained")
+pytestmark = pytest.mark.skipif(not (ROOT / TINY_CLIP).is_dir(), reason="the tiny CLIP has not been trained")
 
 
-@pytest.fixture
-def verdict_of(tmp_path):
+@pytest.fixture(scope="module")
+def verdict_of(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+
     def judge(**behaviours):
-        evaluation = bench(tmp_path, {int(name[1:]): kind for name, kind in behaviours.items()})
+        evaluation = bench(folder, {int(name[1:]): kind for name, kind in behaviours.items()})
         evaluation.measure()
         return evaluation, evaluation.choose()
 
