@@ -108,7 +108,7 @@ def show_results(run_dir):
     """Where the pictures, the LoRA and the pages are, as far as they are there."""
     root = project_root()
     places = {
-        "pictures": ["evaluation/before_after.png", "evaluation/checkpoints.png"], "LoRA (ComfyUI, A1111, Forge)": [f"final/{run_dir.name}.safetensors"],
+        "pictures": ["evaluation/grids/before_after.png", "evaluation/grids/checkpoints.png"], "LoRA (ComfyUI, A1111, Forge)": [f"final/{run_dir.name}.safetensors"],
         "LoRA (diffusers)": ["final/pytorch_lora_weights.safetensors"], "chosen checkpoint": ["final/*_chosen.safetensors"],
         "notebooks": ["notebooks/0*.html"], "report": ["evaluation/report.html"],
     }  # fmt: skip
