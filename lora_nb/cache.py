@@ -22,7 +22,7 @@ from lora_nb.errors import UserError
 from lora_nb.events import Notice, Progress, ignore
 from lora_nb.files import sha256_file
 from lora_nb.lora_file import write_safetensors
-from lora_nb.manifest import WITH_LATENTS, Manifest, open_sample, read_manifest, write_manifest
+from lora_nb.manifest import PLAIN, WITH_LATENTS, Manifest, open_sample, read_manifest, write_manifest
 from lora_nb.memory import on_device
 from lora_nb.weights import fingerprint
 
@@ -125,8 +125,8 @@ def encode(
     The VAE runs in float32 (SDXL's overflows in fp16), text encoders in `dtype`; each is loaded only if something is
     to do, and one at a time. Writes dataset_manifest_with_latents.json beside the manifest.
     """
-    began = time.monotonic()
-    manifest, weights = read_manifest(manifest_path), weights_of(base_model, vae_model)
+    began, source = time.monotonic(), _source_of(Path(manifest_path))
+    manifest, weights = read_manifest(source), weights_of(base_model, vae_model)
     folder = manifest.folder
     latent_paths, made = _encode_pictures(manifest, base_model, vae_model, weights, random_flip, device, on_event)
     captions = list(dict.fromkeys(["", *(sample.caption for sample in manifest.samples), *prompts]))
@@ -136,7 +136,6 @@ def encode(
         sample.model_copy(update={"latent_path": path, "embedding_path": f"{EMBEDDINGS}/{embedding_key(sample.caption, weights)}.safetensors"})  # fmt: skip
         for sample, path in zip(manifest.samples, latent_paths, strict=True)
     ]
-    source = Path(manifest_path)
     record = {"vae": weights.vae, "text": weights.text, "flips": random_flip, "source": source.name, "source_sha256": sha256_file(source)}  # fmt: skip
     metadata = manifest.metadata.model_copy(update={"settings": manifest.metadata.settings | {"cache": record}})
     whole = manifest.with_samples(samples)
@@ -151,6 +150,14 @@ def encode(
         bytes=sum(path.stat().st_size for path in set(paths)),
         seconds=time.monotonic() - began,
     )
+
+
+def _source_of(manifest_path: Path) -> Path:
+    """The manifest that is to be encoded: for one with latents, which `encode` wrote, the one that it was made from."""
+    if manifest_path.name != WITH_LATENTS:
+        return manifest_path
+    record = read_manifest(manifest_path).metadata.settings.get("cache", {})
+    return manifest_path.with_name(str(record.get("source", PLAIN)))
 
 
 def _encode_pictures(manifest, base_model, vae_model, weights, random_flip, device, on_event):

@@ -179,3 +179,13 @@ def test_long_captions_are_told(make_run):
     encode(config, prompts=["word " * 90], on_event=events.append)
     told = [event.message for event in events if isinstance(event, Notice)]
     assert len(told) == 1 and "75 tokens" in told[0]
+
+
+def test_encoding_what_is_encoded_makes_nothing_and_still_fits(make_run):
+    config = make_run(pictures=3)
+    first = encode(config)
+    again = cache.encode(first.manifest_path, config.base_model)
+    assert (again.latents_made, again.latents_found, again.embeddings_made) == (0, 3, 0)
+    manifest = read_manifest(again.manifest_path)
+    latents = cache.cached_samples(manifest, cache.weights_of(config.base_model)).latents(manifest.samples[0])
+    assert latents.shape[0] == 2 and torch.isfinite(latents).all()

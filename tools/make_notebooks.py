@@ -6,6 +6,7 @@ this machine and moment, what went to stderr, paths of this machine.
 
 import argparse
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -13,6 +14,7 @@ import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+BEFORE_AFTER = ROOT / "outputs" / "aldar_kose_lora" / "evaluation" / "before_after.png"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -30,7 +32,9 @@ def main():
         clean(notebook)
         nbformat.write(notebook, path)
         pictures = sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
-        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB, {pictures} pictures")
+        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB, {pictures} pictures", flush=True)
+    if BEFORE_AFTER.is_file():
+        shutil.copyfile(BEFORE_AFTER, ROOT / "docs" / "before_after.png")  # the README's
 
 
 def clean(notebook) -> None:
