@@ -130,14 +130,12 @@ class Evaluation:
         texts, references = self.embedder.texts(self.plan.texts), self.picture_embedder.pictures(self.references)
         vectors, base_vectors, quiet, base_quiet = map(self._vectors, (drawn.pictures, base.pictures, drawn.quiet, base.quiet))
         likeness = scores.identity(vectors, references)
-        base_likeness = scores.identity(base_vectors, references).mean()
-        # What has hardly learned has nothing to leak: its noise is measured by a tenth of the way to the references.
-        gain = max(likeness.mean() - base_likeness, 0.1 * (scores.identity_ceiling(references) - base_likeness), 1e-3)
+        way = max(scores.identity_ceiling(references) - scores.identity(base_vectors, references).mean(), 1e-3)
         return Candidate(
             step, strength, likeness,
             adherence=scores.adherence(self._vectors(drawn.pictures, self.embedder), texts),
             diversity=scores.diversity(vectors),
-            leak=scores.leak(quiet, base_quiet, references, gain),
+            leak=scores.leak(quiet, base_quiet, references, way),
             drift=scores.drift(quiet, base_quiet),
             copies=self.copies(step, strength).share,
             **self._loss_ratios(step, strength, on_event),

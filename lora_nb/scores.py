@@ -91,12 +91,12 @@ def drift(samples: np.ndarray, base: np.ndarray) -> np.ndarray:
     return moved / max(spread, 1e-6)
 
 
-def leak(samples: np.ndarray, base: np.ndarray, references: np.ndarray, gain: float) -> np.ndarray:
-    """How much of the character shows where nobody called it, [P, S]: 0 none, 1 as much as with the trigger.
+def leak(samples: np.ndarray, base: np.ndarray, references: np.ndarray, way: float) -> np.ndarray:
+    """How much of the character shows where nobody called it, [P, S]: 0 none, 1 all of it.
 
-    `gain` is what the trigger's own prompts gained in identity over the base, above 0.
+    `way` is how far the references are above the base in identity: the same for all candidates, so that they compare.
     """
-    return (identity(samples, references) - identity(base, references)) / gain
+    return (identity(samples, references) - identity(base, references)) / way
 
 
 # ---- memorisation
