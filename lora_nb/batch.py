@@ -92,6 +92,7 @@ def _execute(source, path, parameters, root) -> None:
     try:
         papermill.execute_notebook(
             str(source), str(path), parameters, kernel_name="python3", cwd=str(root), progress_bar=sys.stderr.isatty(), request_save_on_cell_execute=True,
+            extra_arguments=["--IPKernelApp.log_level=50"],  # its notes on transports are not for readers
         )  # fmt: skip
     except PapermillExecutionError as error:
         raise UserError(f"{path.stem} failed in cell [{error.exec_count}]: {error.ename}: {_plain(error.evalue)} It is kept as far as it ran: {path.relative_to(root)}") from None

@@ -261,9 +261,10 @@ def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, ste
         prune(config.run_dir / CHECKPOINTS, config.save_total_limit)
         kept = [number for number, _ in list_checkpoints(config.run_dir / CHECKPOINTS)]
         pace = f"{1000 * seconds / steps_done:.0f} ms, validation and saving included" if steps_done else "none were left to do"
+        arithmetic = "fp32" if config.mixed_precision == "no" else config.mixed_precision
         write_summary(config.run_dir, {
             "run": config.run_name, "status": f"{status} at step {step} of {config.max_steps}", "base": config.base_model,
-            "device": f"{job.device.type}, {job.accelerator.num_processes} process(es), {config.precision} base, {config.mixed_precision} arithmetic",
+            "device": f"{job.device.type}, {job.accelerator.num_processes} process(es), {config.precision} base, {arithmetic} arithmetic",
             "pictures": f"{len(job.samples)}, {config.resolution} px, {job.batch} a step, "
             + ("from the cache" if job.source.cached else "encoded while training"),
             "LoRA": f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {sum(p.numel() for p in job.trainable.values()):,} weights in {config.lora_target_modules}",

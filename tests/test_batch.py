@@ -1,15 +1,16 @@
 """Notebooks without a browser: parameters are checked, failures are sentences and are kept."""
 
-import json
+from pathlib import Path
 
 import nbformat
 import pytest
 
+import lora_nb
 from lora_nb.__main__ import main
 from lora_nb.batch import NOTEBOOKS, read_parameters, run_notebooks
 from lora_nb.errors import UserError
-from lora_nb.files import project_root
 
+REPOSITORY = Path(lora_nb.__file__).parent.parent
 KNOWN = {"a": {"STEPS": {"default": "10"}, "RATE": {"default": "0.5"}, "FLAG": {"default": "True"}, "NAME": {"default": '"x"'}}}
 
 
@@ -21,7 +22,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_NB_ROOT", str(tmp_path))
 
     def write(source):
-        notebook = nbformat.v4.new_notebook()
+        notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}})
         parameters = nbformat.v4.new_code_cell('RUN_NAME = "r"\nSTEPS = 3')
         parameters.metadata["tags"] = ["parameters"]
         notebook.cells = [parameters, nbformat.v4.new_code_cell("print('kept', STEPS)"), nbformat.v4.new_code_cell(source)]
@@ -32,7 +33,7 @@ def project(tmp_path, monkeypatch):
 
 
 def outputs(path):
-    return [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
+    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_notebook_runs_with_its_parameters_and_is_kept_as_a_page(project):
 
 def test_a_failing_notebook_is_named_with_its_error_and_kept(project):
     project("raise ValueError('the glue came off')")
-    with pytest.raises(UserError, match=r"01_small failed in cell \[3\]: ValueError: the glue came off"):
+    with pytest.raises(UserError, match=r"01_small failed in cell \[4\]: ValueError: the glue came off"):
         run_notebooks("mine", {}, ["01_small"])
     kept = project.root / "outputs" / "mine" / "notebooks" / "01_small.ipynb"
     assert any(output.get("text") == "kept 3\n" for output in outputs(kept))
@@ -84,7 +85,8 @@ def test_a_dead_kernel_says_what_it_probably_was(project):
         (["inspect", "nowhere.safetensors"], "nowhere.safetensors"),
     ],
 )
-def test_bad_words_end_in_one_sentence(words, sentence, capsys):
+def test_bad_words_end_in_one_sentence(words, sentence, capsys, monkeypatch):
+    monkeypatch.setenv("LORA_NB_ROOT", str(REPOSITORY))
     assert main(words) == 1
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said
@@ -97,7 +99,7 @@ def test_a_wrong_key_in_a_configuration_names_the_nearest(tmp_path, capsys):
 
 
 def test_the_notebooks_are_ready_for_a_reader():
-    paths = [project_root() / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
+    paths = [REPOSITORY / "notebooks" / f"{name}.ipynb" for name in NOTEBOOKS]
     assert len(paths) == 4
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
@@ -107,4 +109,4 @@ def test_the_notebooks_are_ready_for_a_reader():
         assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in code), path.name
         assert not [cell for cell in code if any(output.output_type == "error" for output in cell.outputs)]
         assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs), path.name
-        assert str(project_root()) not in path.read_text(encoding="utf-8")
+        assert str(REPOSITORY) not in path.read_text(encoding="utf-8")
