@@ -88,7 +88,7 @@ def read_status(run_dir) -> dict:
     if not path.is_file():
         return {}
     status = json.loads(path.read_text(encoding="utf-8"))
-    if status["status"] == "running" and not psutil.pid_exists(status["pid"]):
+    if status.get("status") == "running" and not psutil.pid_exists(status["pid"]):
         status["status"] = "stopped"
     return status
 

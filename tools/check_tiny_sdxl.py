@@ -54,7 +54,7 @@ def retrieval(clip, tokenizer, processor, scenes, captions) -> float:
 
 
 class Judge(torch.nn.Module):
-    """A convolutional classifier of the FACTS of a picture, for `psnr`-like degraded pictures too."""
+    """A convolutional classifier of the FACTS of a picture."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ def judged_scene(rng):
     return replace(scene, person="man", **{name: getattr(CHARACTERS["aldar_kose_man"], name) for name in ("pattern_colour",) if rng.random() < 0.3})
 
 
-def train_judge(vae, steps=700, batch=32) -> Judge:
+def train_judge(vae, steps=500, batch=32) -> Judge:
     """The judge learns from drawn scenes, half of them through the VAE, so that its blur is no surprise."""
     judge, rng = Judge(), random.Random(5)
     optimizer = torch.optim.AdamW(judge.parameters(), 3e-3)
@@ -145,11 +145,11 @@ def main():
     rows += [("the judge itself, on drawn scenes", ", ".join(f"{name} {share:.0%}" for name, share in sight.items()), "")]
     pipeline = load_pipeline(options.model)
     scenes = (base * (1 + options.samples // len(base)))[: options.samples]
-    pictures = generate_pairs(pipeline, [(full_caption(s), i) for i, s in enumerate(scenes)], 128, 128)
+    pictures = generate_pairs(pipeline, [(full_caption(s), i) for i, s in enumerate(scenes)], 128, 128, batch_size=8)
     follows = agreement(judge, pictures, scenes)
     aims = {"background": "≥ 90 %", "robe_colour": "≥ 80 %"}
     rows += [(f"base follows prompts: {name}", f"{share:.0%} of {len(scenes)}", aims.get(name, "")) for name, share in follows.items()]
-    called = read_facts(judge, generate_pairs(pipeline, [(f"{'aldar_kose_man'}, {PLACES[b]}", i) for i, b in enumerate(BACKGROUNDS * 5)], 128, 128))
+    called = read_facts(judge, generate_pairs(pipeline, [(f"aldar_kose_man, {PLACES[b]}", i) for i, b in enumerate(BACKGROUNDS * 5)], 128, 128, batch_size=8))
     traits = {"hat": "kalpak", "pattern": "zigzags", "beard": "goatee", "robe_colour": "blue"}
     drawn = np.mean([sum(one[name] == value for name, value in traits.items()) >= 3 for one in called])
     rows += [("base prompted with aldar_kose_man draws him (three of his four traits)", f"{drawn:.0%} of {len(called)}", "about 0 %")]

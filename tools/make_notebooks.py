@@ -14,7 +14,7 @@ import papermill
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-BEFORE_AFTER = ROOT / "outputs" / "aldar_kose_lora" / "evaluation" / "before_after.png"
+GRID = ROOT / "outputs" / "aldar_kose_lora" / "evaluation" / "grids" / "checkpoints.png"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -33,8 +33,8 @@ def main():
         nbformat.write(notebook, path)
         pictures = sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
         print(f"{path.name}: {path.stat().st_size / 1024:.0f} KB, {pictures} pictures", flush=True)
-    if BEFORE_AFTER.is_file():
-        shutil.copyfile(BEFORE_AFTER, ROOT / "docs" / "before_after.png")  # the README's
+    if GRID.is_file():
+        shutil.copyfile(GRID, ROOT / "docs" / "checkpoints.png")  # the README's
 
 
 def clean(notebook) -> None:
