@@ -3,9 +3,9 @@
 A notebook, a terminal and a test each hand in their own; the verbs never print or plot.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 
 @dataclass(frozen=True)

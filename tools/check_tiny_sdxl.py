@@ -5,6 +5,7 @@ a small convolutional classifier trained here on drawn scenes, which shares noth
 """
 
 import argparse
+import itertools
 import random
 import sys
 from dataclasses import replace
@@ -17,7 +18,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from drawn_world import BACKGROUNDS, CHARACTERS, COLOURS, PLACES, caption, draw, random_character, random_scene, random_setting  # noqa: E402
+from drawn_world import (  # noqa: E402
+    BACKGROUNDS,
+    CHARACTERS,
+    COLOURS,
+    PLACES,
+    caption,
+    draw,
+    random_character,
+    random_scene,
+    random_setting,
+)
 
 from lora_nb.models import generate_pairs, load_pipeline, load_vae  # noqa: E402
 
@@ -59,7 +70,7 @@ class Judge(torch.nn.Module):
     def __init__(self):
         super().__init__()
         widths, layers = (3, 16, 32, 48, 64, 64), []
-        for before, after in zip(widths, widths[1:]):
+        for before, after in itertools.pairwise(widths):
             layers += [torch.nn.Conv2d(before, after, 3, stride=2, padding=1), torch.nn.BatchNorm2d(after), torch.nn.ReLU()]
         self.body = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
         self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(64 * 16, len(values)) for name, values in FACTS.items()})
@@ -108,7 +119,7 @@ def read_facts(judge, pictures) -> list[dict]:
 def agreement(judge, pictures, scenes) -> dict[str, float]:
     """Share of pictures in which the judge sees what the scene says, by fact."""
     seen = read_facts(judge, pictures)
-    return {name: float(np.mean([one[name] == getattr(scene, name) for one, scene in zip(seen, scenes)])) for name in FACTS}
+    return {name: float(np.mean([one[name] == getattr(scene, name) for one, scene in zip(seen, scenes, strict=True)])) for name in FACTS}
 
 
 def full_caption(scene) -> str:

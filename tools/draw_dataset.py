@@ -22,7 +22,7 @@ def settings(number, rng):
         column = [values[i % len(values)] for i in range(number)]
         rng.shuffle(column)
         columns.append(column)
-    for background, framing, expression in zip(*columns):
+    for background, framing, expression in zip(*columns, strict=True):
         yield dict(random_setting(rng), background=background, framing=framing, expression=expression)
 
 

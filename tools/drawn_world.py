@@ -192,7 +192,7 @@ def _zigzag(pen, left, right, y, amplitude, period, line_width, colour):
 def _gradient(image, top, bottom, upto=1.0):
     column = Image.new("RGB", (1, 64))
     for i in range(64):
-        column.putpixel((0, i), tuple(round(a + (b - a) * i / 63) for a, b in zip(top, bottom)))
+        column.putpixel((0, i), tuple(round(a + (b - a) * i / 63) for a, b in zip(top, bottom, strict=True)))
     image.paste(column.resize((image.width, max(1, round(image.height * upto)))), (0, 0))
 
 

@@ -135,12 +135,12 @@ class Ema:
     def update(self):
         self.step += 1
         keep = min(self.decay, self.step / (self.step + 10))
-        for module, shadow in zip(self.modules, self.shadow):
+        for module, shadow in zip(self.modules, self.shadow, strict=True):
             torch._foreach_lerp_(shadow, list(module.parameters()), 1 - keep)
 
     def copy_to_modules(self):
-        for module, shadow in zip(self.modules, self.shadow):
-            for parameter, mean in zip(module.parameters(), shadow):
+        for module, shadow in zip(self.modules, self.shadow, strict=True):
+            for parameter, mean in zip(module.parameters(), shadow, strict=True):
                 parameter.data.copy_(mean)
 
 
@@ -151,7 +151,7 @@ def fit(name, modules, loss_at, steps, learning_rate, work, save_every=250):
     ema, first, path = Ema(modules), 0, work / f"{name}.pt"
     if path.exists():
         state = torch.load(path, weights_only=True, map_location=DEVICE)
-        for module, weights in zip(modules, state["modules"]):
+        for module, weights in zip(modules, state["modules"], strict=True):
             module.load_state_dict(weights)
         optimizer.load_state_dict(state["optimizer"])
         ema.shadow, ema.step, first = state["shadow"], state["step"], state["step"]
