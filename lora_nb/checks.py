@@ -63,7 +63,7 @@ class Road:
         return Check(path.name, self.name, len(errors), len(expected), max(errors, default=math.inf), limit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExportResult:
     """What lies in `folder`, and how each file proved itself. Shows as a table in a notebook and in a terminal."""
 
@@ -100,6 +100,8 @@ class ExportResult:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         lines += [f"{name} failed its proof and was not kept." for name in self.rejected]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         cells = "".join(

@@ -50,7 +50,7 @@ _SHOWN = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """Facts about a file as (name, value) rows, and sentences about what may go wrong with it."""
 
@@ -62,6 +62,8 @@ class Inspection:
         width = max(len(name) for name, _ in self.rows)
         lines = [f"{name.ljust(width)}  {value}" for name, value in self.rows]
         return "\n".join([str(self.path), *lines, *(f"! {sentence}" for sentence in self.warnings)])
+
+    __repr__ = __str__
 
 
 def inspect_lora(path) -> Inspection:
