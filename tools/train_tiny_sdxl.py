@@ -56,8 +56,8 @@ def parse_options():
     parser.add_argument("--out", type=Path, default=ROOT / "data", help="where tiny_sdxl and tiny_clip are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=8500)
-    parser.add_argument("--unet-steps", type=int, default=4400)
-    parser.add_argument("--clip-steps", type=int, default=1600)
+    parser.add_argument("--unet-steps", type=int, default=3500)
+    parser.add_argument("--clip-steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=20000, help="base scenes for the UNet")
     parser.add_argument("--processes", type=int, default=2, help="for drawing")
     return parser.parse_args()
@@ -309,6 +309,7 @@ def save(options):
     for name, part in (("unet", unet), ("text_encoder", encoders[0]), ("text_encoder_2", encoders[1])):
         part.load_state_dict(torch.load(options.work / f"{name}_final.pt", weights_only=True, map_location="cpu"))
     vae = AutoencoderKL.from_pretrained(options.work / "vae")
+    vae.register_to_config(_name_or_path="")  # no folder of this machine
     print("saved", save_pipeline(options.out / "tiny_sdxl", vae, encoders, tokenizer, unet))
 
 
