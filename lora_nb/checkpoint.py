@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, ignore
-from lora_nb.files import sha256_file, write_json
+from lora_nb.files import sha256_file, sync_folder, write_json
 from lora_nb.lora_file import read_safetensors, write_safetensors
 
 LORA, OPTIMIZER, STATE, MANIFEST = "pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -125,14 +125,3 @@ def full_disk_is_a_sentence(folder):
         if error.errno not in FULL_DISK:
             raise
         raise UserError(f"The disk under {folder} is full: make room and run again, the last checkpoint is whole.") from error
-
-
-def sync_folder(folder) -> None:
-    """Make renames in a folder last through a power cut (Windows needs and knows no such thing)."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

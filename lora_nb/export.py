@@ -17,7 +17,7 @@ from lora_nb.checks import PROOF_FILE, Check, ExportResult, Road
 from lora_nb.dialects import raw_modules, read_lora
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, OnEvent, Progress, ignore
-from lora_nb.files import write_json
+from lora_nb.files import sync_folder, write_json
 from lora_nb.lora_file import DTYPES, LoraModule, balanced, lora_of, read_safetensors, with_one_alpha, write_safetensors
 from lora_nb.lora_names import PARTS, kohya_name, sgm_blocks
 from lora_nb.metadata import lora_metadata, network_keys, with_hashes
@@ -211,8 +211,8 @@ def _swap_in(beside: Path, folder: Path) -> None:
     """Put `beside` in the place of `folder`, keeping what others laid there (a model card, pictures)."""
     for path in beside.rglob("*"):
         if path.is_dir():
-            _sync(path)
-    _sync(beside)
+            sync_folder(path)
+    sync_folder(beside)
     os.chmod(beside, 0o755)
     if not folder.exists():
         os.replace(beside, folder)
@@ -225,13 +225,3 @@ def _swap_in(beside: Path, folder: Path) -> None:
     os.replace(folder, old / folder.name)
     os.replace(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":  # Windows cannot open a folder, and needs it not
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -53,3 +53,14 @@ def sha256_file(path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sync_folder(folder) -> None:
+    """Make renames in a folder last through a power cut (Windows needs and knows no such thing)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
