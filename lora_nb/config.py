@@ -41,12 +41,12 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     run_name: str = setting("aldar_kose_lora", "everything is written under output_dir/run_name", pattern=r"^[\w][\w.-]*$")
-    dataset_path: str = setting("data/aldar_kose", "folder with pictures and captions")
+    dataset_path: str = setting("data/aldar_kose", "folder with pictures and captions", min_length=1)
     trigger_token: str = setting("aldar_kose_man", "the word in the captions that will call the character")
     output_dir: str = setting("outputs", "where the runs lie, from the project's root")
     seed: int = setting(42, "order, noise, timesteps and dropout follow from it", ge=0)
 
-    base_model: str = setting("stabilityai/stable-diffusion-xl-base-1.0", "hub id, diffusers folder or one .safetensors; 7 GB to download")
+    base_model: str = setting("stabilityai/stable-diffusion-xl-base-1.0", "hub id, diffusers folder or one .safetensors; 7 GB to download", min_length=1)
     vae_model: str | None = setting(None, "another VAE (hub id, folder or file); null takes the base's")
     scheduler: str = setting("DDPMScheduler", "sampler of validation pictures; DDPMScheduler trains and draws with the base's own")
 
@@ -83,7 +83,7 @@ class Config(BaseModel):
     train_text_encoder: bool = setting(False, "LoRA in both text encoders too: about 2 GB more, and no cached embeddings")
     text_encoder_learning_rate: float | None = setting(None, "of encoder 1; null is half of learning_rate, 0 leaves it out", ge=0)
     text_encoder_2_learning_rate: float | None = setting(None, "of encoder 2; null is half of learning_rate, 0 leaves it out", ge=0)
-    text_encoder_stop_step: int | None = setting(None, "text encoders rest from this step on; null never", ge=0)
+    text_encoder_stop_step: int | None = setting(None, "text encoders rest from this step on; null never", ge=1)
 
     precision: Literal["fp32", "fp16", "bf16", "nf4"] = setting("fp16", "of the frozen base: fp16 5 GB, nf4 under 2 GB and somewhat slower")
     mixed_precision: Literal["no", "fp16", "bf16"] = setting("fp16", "of the arithmetic; LoRA weights stay fp32; bf16 needs Ampere or later")
@@ -118,6 +118,16 @@ class Config(BaseModel):
     validation_negative_prompt: str = setting("", "what validation pictures shall not show")
 
     _reasons: dict = PrivateAttr(default_factory=dict)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _words_of_yaml(cls, value, info):
+        """YAML reads `no` as false: that is a word of mixed_precision, and `yes` is no number of steps."""
+        if info.field_name == "mixed_precision" and value is False:
+            return "no"
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false mean nothing here")
+        return value
 
     @field_validator("scheduler")
     @classmethod
@@ -228,7 +238,7 @@ def load_config(preset: str = "auto", yaml_path=None, **overrides) -> Config:
         raise UserError(f"There is no preset {preset!r}: take auto, {', '.join(preset_names())}.")
     values, reasons = _read_yaml(preset_path)
     if yaml_path is not None:
-        given, why = _read_yaml(yaml_path)
+        given, why = _read_yaml(resolve_path(yaml_path))
         values, reasons = values | given, reasons | {name: why.get(name, f"in {Path(yaml_path).name}") for name in given}
     values, reasons = values | overrides, reasons | dict.fromkeys(overrides, "set here")
     return build(values, reasons, where=f"{yaml_path or 'the settings'}")
@@ -246,7 +256,9 @@ def build(values: dict, reasons: dict | None = None, where: str = "the settings"
         "mixed_precision and precision differ (fp16 with bf16): give both the same":
             {config.precision, config.mixed_precision} == {"fp16", "bf16"},
         f"lr_warmup_steps {config.lr_warmup_steps} is not below max_steps {config.max_steps}: the rate would never be reached":
-            "warmup" in config.lr_scheduler and config.lr_warmup_steps >= config.max_steps,
+            config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps,
+        "prodigy knows one learning rate: set text_encoder_learning_rate and text_encoder_2_learning_rate to that of learning_rate, or to 0":
+            config.optimizer == "prodigy" and not {0.0, *config.text_encoder_learning_rates} <= {0.0, config.learning_rate},
     }  # fmt: skip
     if found := [sentence for sentence, applies in pairs.items() if applies]:
         raise UserError(f"In {where}: " + "; ".join(found) + ".")
@@ -311,6 +323,7 @@ def _read_yaml(path) -> tuple[dict, dict]:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no `name: value` lines.")
+    values = {str(name): value for name, value in values.items()}
     return values, dict(re.findall(r"^(\w+):.*?\s#\s+(.+?)\s*$", text, flags=re.MULTILINE))
 
 

@@ -78,6 +78,11 @@ def test_saved_config_is_read_back_with_its_reasons(tmp_path):
         ({"debiased_estimation": True}, ["snr_gamma: null"]),
         ({"precision": "fp16", "mixed_precision": "bf16"}, ["same"]),
         ({"lr_warmup_steps": 5000}, ["lr_warmup_steps", "max_steps"]),
+        ({"lr_warmup_steps": 5000, "lr_scheduler": "cosine"}, ["lr_warmup_steps", "max_steps"]),
+        ({"max_steps": True}, ["max_steps", "True"]),
+        ({"base_model": ""}, ["base_model", "at least 1"]),
+        ({"text_encoder_stop_step": 0}, ["text_encoder_stop_step", "greater"]),
+        ({"optimizer": "prodigy", "train_text_encoder": True}, ["prodigy", "text_encoder_learning_rate", "or to 0"]),
     ],
 )
 def test_refusals_are_one_sentence_with_the_cure(values, words):
@@ -85,6 +90,27 @@ def test_refusals_are_one_sentence_with_the_cure(values, words):
         build(values)
     sentence = str(refusal.value)
     assert "\n" not in sentence and all(word in sentence for word in words), sentence
+
+
+def test_what_yaml_makes_of_words_and_numbers(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("mixed_precision: no\nprecision: fp32\nlearning_rate: 1e-4\n")  # YAML reads no as false
+    config = load_config("gpu-16gb", path)
+    assert (config.mixed_precision, config.learning_rate) == ("no", 1e-4)
+    path.write_text("1: 2\n")
+    with pytest.raises(UserError, match="no setting '1'"):
+        load_config("gpu-16gb", path)
+
+
+def test_prodigy_has_one_rate_for_all():
+    one = {"optimizer": "prodigy", "train_text_encoder": True, "learning_rate": 1.0, "text_encoder_learning_rate": 1.0}
+    assert build(one | {"text_encoder_2_learning_rate": 0.0}).text_encoder_learning_rates == (1.0, 0.0)
+
+
+def test_a_file_is_found_from_the_project(project, tmp_path_factory, monkeypatch):
+    (project / "mine.yaml").write_text("max_steps: 77\nlr_warmup_steps: 7\n")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))  # as JupyterLab, which works in the notebook's folder
+    assert load_config("cpu-demo", "mine.yaml").max_steps == 77
 
 
 def test_unreadable_files_and_presets(tmp_path):
