@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_nb.config import PRESETS, resolve_path
 from lora_nb.errors import UserError
 from lora_nb.events import Progress, ignore
-from lora_nb.weights import locate
+from lora_nb.weights import locate, pipeline_settings
 
 __all__ = ["PeftModel", "compute_snr", "get_scheduler"]  # others take these from here: one door
 
@@ -67,6 +67,8 @@ def load_part(base_model: str, part: str, dtype=torch.float32, device="cpu"):
         model = _load_file(place, part, dtype) if place.is_file() else _load_folder(place, part, dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "meta tensor" in reason:  # how diffusers says it of a single file
+            reason = "some of its weights are missing"
         raise UserError(f"The {part} of {base_model} cannot be loaded from {place}: {reason}") from error
     return model.requires_grad_(False).eval().to(device)
 
@@ -100,9 +102,8 @@ def load_text_encoders(base_model: str, dtype=torch.float32, device="cpu") -> tu
 
 def zeros_for_empty_prompt(base_model: str) -> bool:
     """Whether this base expects zeros, not the encoded "", where there is no caption (SDXL does)."""
-    place = resolve_path(base_model)
-    index = (SDXL if place.is_file() else locate(base_model, "scheduler").parent) / "model_index.json"
-    return json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True)
+    settings = pipeline_settings(str(SDXL) if resolve_path(base_model).is_file() else base_model)
+    return settings.get("force_zeros_for_empty_prompt", True)
 
 
 def encode_prompts(tokenizers, text_encoders, prompts: list[str]):
@@ -139,6 +140,8 @@ def add_lora(model, rank: int, alpha: float, targets, dropout: float = 0.0, rslo
     the same on every device; up matrices are zero, so that the model is unchanged at first.
     """
     targets = TARGETS.get(targets, targets) if isinstance(targets, str) else list(targets)
+    if unknown := [target for target in targets if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules())]:
+        raise UserError(f"lora_target_modules {', '.join(unknown)} match nothing in {type(model).__name__}: take attention, attention+feed_forward, or names such as to_q.")  # fmt: skip
     alpha = int(alpha) if float(alpha).is_integer() else alpha
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout, use_rslora=rslora)
     model.requires_grad_(False)
@@ -301,7 +304,10 @@ def _load_folder(folder: Path, part: str, dtype):
     fp16_only = not any(".fp16" not in file.name for file in folder.glob("*.safetensors"))
     options = {"use_safetensors": True, "local_files_only": True, "variant": "fp16" if fp16_only else None}
     options["dtype" if part.startswith("text") else "torch_dtype"] = dtype
-    return PARTS[part].from_pretrained(folder, **options)
+    model, found = PARTS[part].from_pretrained(folder, output_loading_info=True, **options)
+    if lacking := sorted(found["missing_keys"]):  # transformers would draw them at random and warn
+        raise ValueError(f"{len(lacking)} of its weights are missing, {lacking[0]} first")
+    return model
 
 
 def _load_file(file: Path, part: str, dtype):
@@ -310,7 +316,10 @@ def _load_file(file: Path, part: str, dtype):
     if part in ("unet", "vae"):
         return PARTS[part].from_single_file(str(file), config=str(SDXL), **options)
     checkpoint = load_single_file_checkpoint(str(file), local_files_only=True)
-    return create_diffusers_clip_model_from_ldm(PARTS[part], checkpoint=checkpoint, config=str(SDXL), **options)
+    model = create_diffusers_clip_model_from_ldm(PARTS[part], checkpoint=checkpoint, config=str(SDXL), **options)
+    if lacking := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{len(lacking)} of its weights are missing, {lacking[0]} first")
+    return model
 
 
 def load_clip(name: str, device="cpu"):

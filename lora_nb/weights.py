@@ -37,9 +37,30 @@ def locate(model: str, part: str, half: bool = True) -> Path:
         folder = folder / part
     elif not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         raise UserError(f"{model} has no folder {part!r}: give a diffusers folder, a hub id or a .safetensors file.")
+    if lacking := _lacking(folder, part):
+        raise UserError(f"{folder} has no {lacking}: it is half downloaded; delete it and download it again.")
     for file in weight_files(folder):
         check_whole(file)
     return folder
+
+
+def _lacking(folder: Path, part: str) -> str | None:
+    """A file that `part` cannot do without and `folder` does not hold. Without its words a tokenizer loads, and knows none."""
+    if part == "scheduler":
+        needed = ["scheduler_config.json"]
+    elif part.startswith("tokenizer"):
+        needed = ["tokenizer_config.json", *(["vocab.json", "merges.txt"] if not (folder / "tokenizer.json").is_file() else [])]
+    else:
+        needed = ["config.json"]
+    return next((name for name in needed if not (folder / name).is_file()), None)
+
+
+def pipeline_settings(model: str) -> dict:
+    """model_index.json of a diffusers folder or hub id."""
+    index = locate(model, "scheduler").parent / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{index.parent} has no model_index.json: it is half downloaded, or no whole pipeline.")
+    return json.loads(index.read_text(encoding="utf-8"))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -60,9 +81,8 @@ def fingerprint(model: str, part: str) -> str:
     for path in [place] if place.is_file() else weight_files(place):
         header, start = read_header(path)
         with open(path, "rb") as file:
-            for name in sorted(header):
-                if name == "__metadata__" or not name.startswith(prefix):
-                    continue
+            names = sorted(name for name in header if name != "__metadata__")
+            for name in [name for name in names if name.startswith(prefix)] or names:  # a VAE's own file has no prefix
                 digest.update(json.dumps([name.removeprefix(prefix), header[name]["dtype"], header[name]["shape"]]).encode())
                 first, last = (start + offset for offset in header[name]["data_offsets"])
                 for offset in {first, max(first, last - SAMPLE)}:
@@ -98,7 +118,8 @@ def _download(model: str, part: str, half: bool) -> Path:
     try:
         try:
             folder = Path(snapshot_download(model, local_files_only=True))
-            if any((folder / part).glob("*.safetensors")) or "tokenizer" in part and (folder / part).is_dir():
+            whole = not _lacking(folder / part, part)
+            if whole and (part.startswith("tokenizer") or part == "scheduler" or any((folder / part).glob("*.safetensors"))):
                 return folder
         except LocalEntryNotFoundError:
             pass

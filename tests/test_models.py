@@ -8,8 +8,9 @@ import pytest
 import sgm_checkpoint
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
-from lora_nb import memory, models
+from lora_nb import memory, models, weights
 from lora_nb.errors import UserError
 from lora_nb.weights import fingerprint
 
@@ -105,6 +106,8 @@ def test_rslora_scales_by_the_square_root(tiny_base):
 def test_targets_that_match_nothing(tiny_base):
     with pytest.raises(UserError, match="lora_target_modules"):
         models.add_lora(models.load_part(str(tiny_base), "unet"), 4, 4, ["to_nowhere"])
+    with pytest.raises(UserError, match="to_vv match nothing"):  # not silently to_q alone
+        models.add_lora(models.load_part(str(tiny_base), "unet"), 4, 4, ["to_q", "to_vv"])
 
 
 def test_lora_state_of_another_rank_is_refused(tiny_base):
@@ -173,8 +176,6 @@ def test_gated_and_absent_repositories_are_sentences(monkeypatch):
     import httpx
     from huggingface_hub import errors
 
-    from lora_nb import weights
-
     monkeypatch.setattr(weights, "snapshot_download", raiser(errors.LocalEntryNotFoundError("not here")))
     response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
     for error, words in [(errors.GatedRepoError, "licence"), (errors.RepositoryNotFoundError, "no model of that name")]:
@@ -209,6 +210,32 @@ def test_half_downloaded_and_damaged_files(tiny_base, tmp_path):
         models.load_part(str(pickled), "unet")
 
 
+@pytest.mark.parametrize(("part", "name"), [
+    ("tokenizer", "tokenizer.json"), ("tokenizer_2", "tokenizer_config.json"), ("noise_scheduler", "scheduler_config.json"),
+    ("unet", "config.json"), ("text_encoder", "config.json"),
+])  # fmt: skip
+def test_a_lacking_file_is_named(tiny_base, tmp_path, part, name):
+    """A tokenizer without its words would load, and read every caption as the same."""
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / part.removeprefix("noise_") / name).unlink()
+    with pytest.raises(UserError, match=f"no (vocab.json|{name}).*download it again"):
+        models.load_part(str(base), part)
+    (base / "model_index.json").unlink()
+    with pytest.raises(UserError, match="model_index.json|scheduler_config.json"):
+        models.zeros_for_empty_prompt(str(base))
+
+
+@pytest.mark.parametrize("part", models.PARTS)
+def test_lacking_weights_are_not_drawn_at_random(tiny_base, tmp_path, part):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    file = next((base / part).glob("*.safetensors"))
+    content = load_file(file)
+    del content[max(content)]
+    save_file(content, file, {"format": "pt"})
+    with pytest.raises(UserError, match="1 of its weights are missing"):
+        models.load_part(str(base), part)
+
+
 def test_fingerprint_follows_the_weights(tiny_base, tmp_path):
     before = fingerprint(str(tiny_base), "unet")
     copy = shutil.copytree(tiny_base, tmp_path / "renamed")
@@ -226,6 +253,18 @@ def test_vae_override(tiny_base, tmp_path):
     vae.save_pretrained(tmp_path / "vae")
     assert models.vae_config(str(tiny_base), str(tmp_path / "vae"))["scaling_factor"] == 0.9
     assert models.load_vae(str(tiny_base), str(tmp_path / "vae")).config.scaling_factor == 0.9
+
+
+def test_a_vae_in_a_file_of_its_own(tiny_base, single_file, tmp_path, monkeypatch):
+    """As VAEs are shared: without the prefix that they have inside a checkpoint."""
+    monkeypatch.setattr(models, "SDXL", tiny_base)
+    inside = {name.removeprefix("first_stage_model."): value for name, value in load_file(single_file).items() if name.startswith("first_stage_model.")}
+    files = [tmp_path / name for name in ("one.safetensors", "other.safetensors")]
+    for number, file in enumerate(files):
+        save_file({name: value + number for name, value in inside.items()}, file)
+    ours, theirs = models.load_vae(str(tiny_base), str(files[0])).state_dict(), models.load_part(str(tiny_base), "vae").state_dict()
+    assert len(inside) > 10 and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert fingerprint(str(files[0]), "vae") == fingerprint(str(single_file), "vae") != fingerprint(str(files[1]), "vae")
 
 
 def test_half_precision_parts_and_fp16_variant(tiny_base, tmp_path):
@@ -266,6 +305,16 @@ def test_one_checkpoint_file_gives_every_part(tiny_base, single_file, monkeypatc
     assert pictures[0][0] == pictures[1][0]
     assert models.vae_config(str(single_file))["scaling_factor"] == 0.5
     assert models.load_vae(str(tiny_base), str(single_file)).config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize(("part", "prefix"), weights.SINGLE_FILE_PREFIXES.items())
+def test_lacking_weights_of_one_file_are_told(tiny_base, single_file, tmp_path, monkeypatch, part, prefix):
+    monkeypatch.setattr(models, "SDXL", tiny_base)
+    content = load_file(single_file)
+    del content[max(name for name in content if name.startswith(prefix) and name.endswith("weight"))]
+    save_file(content, tmp_path / "cut.safetensors")
+    with pytest.raises(UserError, match="of its weights are missing"):
+        models.load_part(str(tmp_path / "cut.safetensors"), part)
 
 
 def test_fingerprints_of_one_file_are_by_part(single_file):
