@@ -6,7 +6,7 @@ batch 2 see what one process with batch 4 sees, and a smaller micro-batch moves 
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -29,7 +29,6 @@ def generator_of(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-@lru_cache(maxsize=2)
 def epoch_order(buckets: tuple, batch: int, seed: int, epoch: int) -> tuple[int, ...]:
     """A permutation of the samples in which batches keep to one bucket wherever the numbers allow.
 
@@ -50,10 +49,20 @@ def epoch_order(buckets: tuple, batch: int, seed: int, epoch: int) -> tuple[int,
     return tuple(loose[:open_places] + [index for chunk in chunks for index in chunk] + loose[open_places:])
 
 
-def indices_at(step: int, buckets: tuple, batch: int, seed: int) -> list[int]:
-    """The samples of a step (from 0), `batch` of them."""
-    places = (divmod(position, len(buckets)) for position in range(step * batch, (step + 1) * batch))
-    return [epoch_order(buckets, batch, seed, epoch)[at] for epoch, at in places]
+class Order:
+    """Which samples each step takes. It is worked out once an epoch: a step's time does not grow with the data set.
+
+    buckets: each sample's bucket.
+    """
+
+    def __init__(self, buckets, batch: int, seed: int):
+        self.count, self.batch = len(buckets), batch
+        self._of_epoch = lru_cache(maxsize=2)(partial(epoch_order, tuple(buckets), batch, seed))
+
+    def at(self, step: int) -> list[int]:
+        """The samples of a step (from 0), `batch` of them."""
+        places = (divmod(position, self.count) for position in range(step * self.batch, (step + 1) * self.batch))
+        return [self._of_epoch(epoch)[at] for epoch, at in places]
 
 
 def draw(index, position, latent_shape, seed, *, flips=False, caption_dropout=0.0, noise_offset=0.0, timesteps=1000):

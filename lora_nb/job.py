@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 
 from lora_nb import cache, models
 from lora_nb.config import Config, resolve_path
+from lora_nb.draws import Order
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, ignore
 from lora_nb.manifest import best_manifest, read_manifest
@@ -52,6 +54,11 @@ class Job:
         """The models that may have a LoRA, by the part's name."""
         text_encoders = zip(("text_encoder", "text_encoder_2"), self.text[1], strict=True) if self.text else ()
         return {"unet": self.unet, **dict(text_encoders)}
+
+    @cached_property
+    def order(self) -> Order:
+        """Which samples each step takes."""
+        return Order([sample.bucket for sample in self.samples], self.batch, self.config.seed)
 
     def autocast(self):
         """Half-precision arithmetic where the settings ask for it."""

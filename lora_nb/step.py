@@ -3,7 +3,7 @@
 import torch
 
 from lora_nb import models
-from lora_nb.draws import Draw, draw, generator_of, indices_at
+from lora_nb.draws import Draw, draw, generator_of
 from lora_nb.errors import UserError
 from lora_nb.job import Job
 from lora_nb.losses import diffusion_loss, sample_posterior, scale_latents
@@ -15,14 +15,13 @@ def draws_at(job: Job, step: int) -> list[Draw]:
     scale = 2 ** (len(vae["block_out_channels"]) - 1)
     share = job.batch // job.accelerator.num_processes
     first = job.accelerator.process_index * share
-    indices = indices_at(step, tuple(sample.bucket for sample in job.samples), job.batch, config.seed)
     return [
         draw(
             index, step * job.batch + place, _latent_shape(vae["latent_channels"], job.samples[index].bucket, scale),
             config.seed, flips=config.random_flip, caption_dropout=config.caption_dropout,
             noise_offset=config.noise_offset, timesteps=job.noise_scheduler.config.num_train_timesteps,
         )
-        for place, index in list(enumerate(indices))[first : first + share]
+        for place, index in list(enumerate(job.order.at(step)))[first : first + share]
     ]  # fmt: skip
 
 

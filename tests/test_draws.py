@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lora_nb.draws import draw, epoch_order, indices_at
+from lora_nb.draws import Order, draw, epoch_order
 
 CASES = [(32, 4, 3), (7, 2, 3), (5, 8, 1), (1, 4, 1), (24, 6, 5), (33, 4, 2), (10, 10, 10)]
 
@@ -13,8 +13,8 @@ CASES = [(32, 4, 3), (7, 2, 3), (5, 8, 1), (1, 4, 1), (24, 6, 5), (33, 4, 2), (1
 @pytest.mark.parametrize(("count", "batch", "kinds"), CASES)
 def test_every_epoch_takes_every_sample_once(count, batch, kinds):
     buckets = tuple(n % kinds for n in range(count))
-    steps = -(-4 * count // batch)
-    stream = [index for step in range(steps) for index in indices_at(step, buckets, batch, seed=1)]
+    order, steps = Order(buckets, batch, seed=1), -(-4 * count // batch)
+    stream = [index for step in range(steps) for index in order.at(step)]
     for epoch in range(len(stream) // count):
         assert Counter(stream[epoch * count : (epoch + 1) * count]) == Counter(range(count))
     assert len(stream) // count >= 4
@@ -22,9 +22,10 @@ def test_every_epoch_takes_every_sample_once(count, batch, kinds):
 
 def test_batches_keep_to_one_bucket_where_numbers_allow():
     buckets = (0,) * 8 + (1,) * 8 + (2,) * 4
-    kinds = [len({buckets[i] for i in indices_at(step, buckets, 4, seed=3)}) for step in range(50)]
+    even, uneven = Order(buckets, 4, seed=3), Order(buckets[:-1], 4, seed=3)
+    kinds = [len({buckets[i] for i in even.at(step)}) for step in range(50)]
     assert kinds == [1] * 50
-    mixed = [len({buckets[i] for i in indices_at(step, buckets[:-1], 4, seed=3)}) for step in range(95)]
+    mixed = [len({buckets[i] for i in uneven.at(step)}) for step in range(95)]
     assert mixed.count(1) > 75
 
 
