@@ -10,6 +10,7 @@ import json
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,20 +163,21 @@ def _source_of(manifest_path: Path) -> Path:
 
 def _encode_pictures(manifest, base_model, vae_model, weights, random_flip, device, on_event):
     """Relative latent paths, one a sample, and how many entries were made."""
-    vae, paths, made, total = None, [], 0, len(manifest.samples)
-    for done, (sample, pixels) in enumerate(_decoded(manifest), start=1):
-        path = f"{LATENTS}/{latent_key(pixels, weights)}.safetensors"
-        paths.append(path)
-        for flip in (False, True)[: 1 + random_flip]:
-            file = manifest.folder / (_flipped(path) if flip else path)
-            if _header(file).get("weights") == weights.vae:
-                continue
-            vae = vae or models.load_vae(base_model, vae_model, torch.float32, device)
-            latents = encode_image(vae, np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, sample.image_path)
-            write_safetensors(file, {"mean": latents[0], "logvar": latents[1]}, {"weights": weights.vae})
-            made += 1
-        on_event(Progress(LATENTS, done, total, sample.image_path))
-    return paths, made
+    vae, paths, made, total = None, [], set(), len(manifest.samples)
+    with _writer() as write:
+        for done, (sample, pixels) in enumerate(_decoded(manifest), start=1):
+            path = f"{LATENTS}/{latent_key(pixels, weights)}.safetensors"
+            paths.append(path)
+            for flip in (False, True)[: 1 + random_flip]:
+                file = manifest.folder / (_flipped(path) if flip else path)
+                if file in made or _header(file).get("weights") == weights.vae:
+                    continue
+                vae = vae or models.load_vae(base_model, vae_model, torch.float32, device)
+                latents = encode_image(vae, np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels, sample.image_path)
+                write(file, {"mean": latents[0], "logvar": latents[1]}, {"weights": weights.vae})
+                made.add(file)
+            on_event(Progress(LATENTS, done, total, sample.image_path))
+    return paths, len(made)
 
 
 def encode_captions(folder, captions, base_model, weights, dtype=torch.float32, device="cpu", on_event=ignore) -> int:
@@ -187,13 +189,14 @@ def encode_captions(folder, captions, base_model, weights, dtype=torch.float32, 
         return 0
     tokenizers, text_encoders = models.load_text_encoders(base_model, dtype, device)
     zeros = models.zeros_for_empty_prompt(base_model)
-    for done, caption in enumerate(missing, start=1):
-        if tail := models.truncated(tokenizers[0], caption):
-            on_event(Notice(f"Only 75 tokens of a caption are read; this end is not: “…{tail}”."))
-        prompt_embeds, pooled_prompt_embeds = encode_caption(tokenizers, text_encoders, caption, zeros)
-        tensors = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-        write_safetensors(files[caption], tensors, {"weights": weights.text})
-        on_event(Progress(EMBEDDINGS, len(captions) - len(missing) + done, len(captions), caption))
+    with _writer() as write:
+        for done, caption in enumerate(missing, start=1):
+            if tail := models.truncated(tokenizers[0], caption):
+                on_event(Notice(f"Only 75 tokens of a caption are read; this end is not: “…{tail}”."))
+            prompt_embeds, pooled_prompt_embeds = encode_caption(tokenizers, text_encoders, caption, zeros)
+            tensors = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+            write(files[caption], tensors, {"weights": weights.text})
+            on_event(Progress(EMBEDDINGS, len(captions) - len(missing) + done, len(captions), caption))
     return len(missing)
 
 
@@ -208,6 +211,25 @@ def _decoded(manifest, ahead: int = 4):
                 yield first, pixels.result()
         for first, pixels in waiting:
             yield first, pixels.result()
+
+
+@contextmanager
+def _writer(behind: int = 4):
+    """Yields write(file, tensors, metadata), which returns at once: a disk takes milliseconds to sync each file.
+
+    At most `behind` files wait; a write that failed raises at a later call, or at the end.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting = deque()
+
+        def write(*what):
+            waiting.append(pool.submit(write_safetensors, *what))
+            if len(waiting) > behind:
+                waiting.popleft().result()
+
+        yield write
+        for written in waiting:
+            written.result()
 
 
 def _header(file: Path) -> dict:
@@ -232,7 +254,7 @@ class Samples:
     def __init__(self, manifest: Manifest, make_latents, make_embeddings, cached: bool):
         self.manifest, self.cached = manifest, cached
         self._make_latents, self._make_embeddings = make_latents, make_embeddings
-        self._latents, self._embeddings = _Kept(), _Kept()
+        self._latents, self._embeddings, self._seen = _Kept(), _Kept(), set()
 
     def latents(self, sample, flip: bool = False):
         key = (sample.image_path, flip)
@@ -242,9 +264,11 @@ class Samples:
         return self._embeddings.get(caption, lambda: self._make_embeddings(caption))
 
     def _checked_latents(self, sample, flip):
-        original = self.manifest.original(sample)
-        if original.is_file() and sha256_file(original) != sample.sha256:
-            raise UserError(f"{sample.image_path} is not the picture that the manifest describes: run notebooks 01 and 02 again.")
+        if sample.image_path not in self._seen:  # once a training, however often the latents are read
+            original = self.manifest.original(sample)
+            if original.is_file() and sha256_file(original) != sample.sha256:
+                raise UserError(f"{sample.image_path} is not the picture that the manifest describes: run notebooks 01 and 02 again.")
+            self._seen.add(sample.image_path)
         return self._make_latents(sample, flip)
 
 
