@@ -32,6 +32,7 @@ from lora_nb.step import accumulate, check_learning, optimise, synchronise
 from lora_nb.validation import Validator, live_embeddings
 
 CHECKPOINTS = "checkpoints"
+STATUS_EVERY_S = 1.0  # seconds between writes of status.json: each waits for the disk
 ENDLESS = ("constant", "constant_with_warmup")  # schedules that do not depend on max_steps
 
 
@@ -97,7 +98,7 @@ def _run(job: Job, on_event) -> Run:
             validator.draw(0, on_event)
     if job.accelerator.log_with:
         job.accelerator.init_trackers("lora_nb", {name: str(value) for name, value in config.model_dump().items()})
-    first, checked, loss = step, False, None
+    first, checked, loss, told = step, False, None, began
     with stop_on_interrupt() as wants_to_stop:
         while step < config.max_steps:
             started = time.perf_counter()
@@ -117,9 +118,11 @@ def _run(job: Job, on_event) -> Run:
                 window.clear()
                 metrics.write(step=step, **row)
                 job.accelerator.log(row, step=step)
-                pace = (time.monotonic() - began) / (step - first)
-                write_status(config.run_dir, "running", step=step, max_steps=config.max_steps, loss=row["loss"],
-                             seconds_left=round(pace * (config.max_steps - step), 1), seconds=round(time.monotonic() - began, 1))  # fmt: skip
+                now = time.monotonic()
+                if now - told > STATUS_EVERY_S:
+                    told, left = now, (now - began) / (step - first) * (config.max_steps - step)
+                    write_status(config.run_dir, "running", step=step, max_steps=config.max_steps, loss=row["loss"],
+                                 seconds_left=round(left, 1), seconds=round(now - began, 1))  # fmt: skip
             if main and (step % config.save_every == 0 or last):
                 path = save(job, step, window)
                 on_event(Saved(step, path))
