@@ -17,30 +17,32 @@ from lora_nb.runlog import read_metrics
 class LiveTraining:
     """An `on_event` that keeps one figure of loss and learning rate and one strip of samples up to date.
 
-    every_s: seconds between redraws of the curves; a plain line of progress comes every `line_every` steps.
+    every_s: least seconds between redraws of the curves, which never take more than a fiftieth of the time; a plain line
+    of progress comes every `line_every` steps.
     """
 
     def __init__(self, run_dir, every_s: float = 4.0, line_every: int = 100):
         self.run_dir, self.every_s, self.line_every = Path(run_dir), every_s, line_every
-        self._tell, self._drawn_at, self._shown = printer(), 0.0, {}
+        self._tell, self._redraw_at, self._shown = printer(), 0.0, {}
 
     def __call__(self, event) -> None:
         if isinstance(event, Stepped):
             if event.step % self.line_every == 0:
                 print(f"step {event.step}: loss {event.loss:.4f}")
-            if time.monotonic() - self._drawn_at > self.every_s:
+            if time.monotonic() > self._redraw_at:
                 self.draw_curves()
         elif isinstance(event, Validated):
             self._show("strip", sample_strip(self.run_dir))
-            self.draw_curves()
         elif not isinstance(event, Saved):
             self._tell(event)
 
     def draw_curves(self) -> None:
         """Redraw the curves now."""
+        began = time.monotonic()
         if rows := read_metrics(self.run_dir):
             self._show("curves", plots.training_curves(rows))
-        self._drawn_at = time.monotonic()
+        now = time.monotonic()
+        self._redraw_at = now + max(self.every_s, 50 * (now - began))
 
     def _show(self, name, picture) -> None:
         if name in self._shown:
