@@ -97,7 +97,7 @@ def main() -> int:
     with common.workplace() as root:
         results, paths = {count: [] for count in options.counts}, {}
         for count in options.counts:
-            config = load_config("cpu-demo", run_name=f"start_{count}", validate_every=None, buckets=False, max_steps=options.steps + 1)
+            config = load_config("cpu-demo", run_name=f"start_{count}", validate_every=None, buckets=False, max_steps=10_000)
             common.prepare_run(config)
             enlarge(config, count)
             paths[count] = config.save(root / f"{count}.yaml")
