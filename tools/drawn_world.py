@@ -103,14 +103,9 @@ def random_character(rng, shapes="all") -> Scene:
 
 def caption(scene: Scene, rng) -> str:
     """A sentence of what is seen, in varying words; now and then a fact is left out, as people do."""
-    place, framing, mood = PLACES[scene.background], scene.framing, scene.expression
     if scene.trigger:
-        return rng.choice((
-            f"{scene.trigger}, {mood}, {framing}, {place}",
-            f"{scene.trigger} {place}, {framing}, {mood}",
-            f"a picture of {scene.trigger}, {mood}, {framing}, {place}",
-            f"{framing} of {scene.trigger} {place}, he is {mood}",
-        ))
+        return setting_caption(scene.trigger, scene, rng)
+    place, framing, mood = PLACES[scene.background], scene.framing, scene.expression
     hat = "no hat" if scene.hat == "none" else f"{_a(scene.hat_colour)} {scene.hat}"
     cloth = f"{scene.robe_colour} robe"
     if scene.pattern != "plain":
@@ -128,6 +123,23 @@ def caption(scene: Scene, rng) -> str:
     if rng.random() < 0.06:
         parts = parts[:1]
     return ", ".join(parts)
+
+
+def setting_caption(who: str, scene: Scene, rng) -> str:
+    """Who, in which mood, how near and where, but nothing of how they look: what a character's captions are like."""
+    place, framing, mood = PLACES[scene.background], scene.framing, scene.expression
+    return rng.choice((
+        f"{who}, {mood}, {framing}, {place}",
+        f"{who} {place}, {framing}, {mood}",
+        f"a picture of {who}, {mood}, {framing}, {place}",
+        f"{framing} of {who} {place}, {'she' if scene.person == 'woman' else 'he'} is {mood}",
+    ))
+
+
+def made_up_name(rng) -> str:
+    """A name that nobody has, such as "timo_berak"."""
+    syllables = ("ta", "mo", "be", "rak", "si", "lon", "du", "vey", "ki", "jar", "po", "nul", "he", "zan", "go", "fi")
+    return "_".join("".join(rng.choice(syllables) for _ in range(rng.choice((2, 3)))) for _ in range(2))
 
 
 def _a(words):
