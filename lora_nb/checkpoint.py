@@ -4,20 +4,18 @@ A checkpoint holds the LoRA in diffusers' format (so that it loads into a pipeli
 the state of the run, with a manifest of sizes and hashes.
 """
 
-import errno
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, ignore
-from lora_nb.files import sha256_file, sync_folder, write_atomic, write_json
+from lora_nb.files import full_disk_is_a_sentence, sha256_file, sync_folder, write_atomic, write_json
 from lora_nb.lora_file import read_safetensors, write_safetensors
 
 LORA, OPTIMIZER, STATE, MANIFEST = "pytorch_lora_weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def save_checkpoint(folder, step: int, lora, optimizer, state: dict, keep: int | None = None) -> Path:
@@ -69,19 +67,34 @@ def damage(path: Path) -> str | None:
                 return f"{name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
 
 def latest_checkpoint(folder, on_event=ignore) -> Path | None:
     """The newest whole checkpoint, None if there is none; damaged ones after it are named."""
-    for _, path in reversed(list_checkpoints(folder)):
+    return newest_whole(list_checkpoints(folder), on_event)
+
+
+def newest_whole(checkpoints: Iterable[tuple[int, Path]], on_event=ignore) -> Path | None:
+    """The last whole one of (step, path), oldest first; those passed over are named. None if there is none."""
+    for _, path in reversed(list(checkpoints)):
         reason = damage(path)
         if reason is None:
             return path
-        on_event(Notice(f"{path} is damaged ({reason}): the checkpoint before it is used."))
+        on_event(Notice(f"{path} is damaged ({reason}) and passed over."))
     return None
+
+
+def set_aside(folder, after: int) -> None:
+    """Take checkpoints of steps after `after` out of the count, as `checkpoint-N.damaged`: a run that goes on from
+    `after` makes these steps again, and would drop whole checkpoints for them."""
+    for step, path in list_checkpoints(folder):
+        if step > after:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
 
 def load_checkpoint(path) -> tuple[dict, dict, dict]:
@@ -91,7 +104,7 @@ def load_checkpoint(path) -> tuple[dict, dict, dict]:
 
 
 def prune(folder, keep: int | None) -> None:
-    """Drop all but the newest `keep` whole checkpoints, and what a killed save left behind."""
+    """Drop all but the newest `keep` checkpoints, and what a killed save left behind."""
     for leftover in Path(folder).glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     if keep is None:
@@ -114,14 +127,3 @@ def check_space(folder, need: int, what: str) -> None:
     free = shutil.disk_usage(place).free
     if free < 1.05 * need + (1 << 20):
         raise UserError(f"{what} needs {need / 2**20:,.0f} MiB and {place} has {free / 2**20:,.0f} MiB left: make room, or lower save_total_limit.")  # fmt: skip
-
-
-@contextmanager
-def full_disk_is_a_sentence(folder):
-    """Turns a full disk at any write into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise UserError(f"The disk under {folder} is full: make room and run again, the last checkpoint is whole.") from error

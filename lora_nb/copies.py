@@ -10,9 +10,10 @@ import shutil
 import uuid
 from pathlib import Path
 
-from lora_nb.checkpoint import FULL_DISK, damage, list_checkpoints
+from lora_nb.checkpoint import damage, list_checkpoints, newest_whole
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, OnEvent, ignore
+from lora_nb.files import FULL_DISK, full_disk_is_a_sentence
 
 _NAME = re.compile(r"checkpoint-(\d+)-[0-9a-f]{8}$")
 
@@ -27,7 +28,7 @@ def copy_checkpoint(checkpoint, into, keep: int | None = None) -> Path:
     try:
         into.mkdir(parents=True, exist_ok=True)
         beside = into / f".{copy.name}.tmp"
-        shutil.copytree(checkpoint, beside)
+        _copy_files(checkpoint, beside)
         if reason := damage(beside):
             shutil.rmtree(beside, ignore_errors=True)
             raise UserError(f"The copy of {checkpoint.name} in {into} is damaged ({reason}); check the place that copy_checkpoints_to names.")
@@ -36,7 +37,7 @@ def copy_checkpoint(checkpoint, into, keep: int | None = None) -> Path:
         shutil.rmtree(into / f".{copy.name}.tmp", ignore_errors=True)
         cure = "make room there" if error.errno in FULL_DISK else "mount the Drive, or set copy_checkpoints_to: null"
         raise UserError(f"{checkpoint.name} cannot be copied to {into} ({error.strerror or error}); {cure}.") from error
-    _prune(into, keep)
+    _prune(into, keep, int(_NAME.match(copy.name)[1]))
     return copy
 
 
@@ -48,12 +49,7 @@ def copies(folder) -> list[tuple[int, Path]]:
 
 def newest_copy(folder, on_event: OnEvent = ignore) -> Path | None:
     """The newest whole copy in `folder`; damaged ones after it are named. None where there is none."""
-    for _, path in reversed(copies(folder)):
-        reason = damage(path)
-        if reason is None:
-            return path
-        on_event(Notice(f"The copy {path} is damaged ({reason}); the one before it is used."))
-    return None
+    return newest_whole(copies(folder), on_event)
 
 
 def bring_back(folder, checkpoints, on_event: OnEvent = ignore) -> Path | None:
@@ -72,7 +68,8 @@ def bring_back(folder, checkpoints, on_event: OnEvent = ignore) -> Path | None:
     brought = Path(checkpoints) / f"checkpoint-{step}"
     beside = brought.with_name(f".{brought.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(newest, beside)
+    with full_disk_is_a_sentence(checkpoints):
+        _copy_files(newest, beside)
     if reason := damage(beside):
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"{newest} could not be read back whole ({reason}); check the Drive and run again.")
@@ -82,11 +79,19 @@ def bring_back(folder, checkpoints, on_event: OnEvent = ignore) -> Path | None:
     return brought
 
 
-def _prune(folder: Path, keep: int | None) -> None:
-    """A copy that cannot be dropped (a Drive being synced) is dropped the next time."""
+def _copy_files(source: Path, into: Path) -> None:
+    """A checkpoint is a flat folder; copytree would hide a full disk in an error of its own."""
+    into.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, into / file.name)
+
+
+def _prune(folder: Path, keep: int | None, newest: int) -> None:
+    """Of copies of steps after `newest` none is whole: they do not count. A copy that cannot be dropped (a Drive being
+    synced) is dropped the next time."""
     for leftover in folder.glob(".checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for _, path in copies(folder)[: -keep if keep else 0]:
+    for _, path in [each for each in copies(folder) if each[0] <= newest][: -keep if keep else 0]:
         doomed = path.with_name(f".{path.name}.tmp")
         try:
             os.replace(path, doomed)

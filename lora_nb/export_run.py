@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 from lora_nb import models
-from lora_nb.checkpoint import damage, full_disk_is_a_sentence, list_checkpoints, load_checkpoint
+from lora_nb.checkpoint import damage, list_checkpoints, load_checkpoint
 from lora_nb.checks import ExportResult
 from lora_nb.config import Config, read_config
 from lora_nb.errors import UserError
 from lora_nb.events import OnEvent, ignore
 from lora_nb.export import DIFFUSERS_FILE, FORMATS, export_lora
-from lora_nb.files import project_root, sha256_file
+from lora_nb.files import full_disk_is_a_sentence, project_root, sha256_file
 from lora_nb.lora_names import PARTS
 from lora_nb.manifest import best_manifest, read_manifest
 from lora_nb.metadata import lora_metadata

@@ -1,10 +1,16 @@
-"""Files that are whole or absent, their hashes, and where the project lies."""
+"""Files that are whole or absent, their hashes, full disks, and where the project lies."""
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+
+from lora_nb.errors import UserError
+
+FULL_DISK = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def project_root(start=None) -> Path:
@@ -20,6 +26,12 @@ def project_root(start=None) -> Path:
             return folder
     installed_from = Path(__file__).resolve().parent.parent
     return installed_from if (installed_from / "notebooks").is_dir() else here
+
+
+def from_root(path) -> Path:
+    """`path` as it is shown: from the project's root where it lies below it, else as it is."""
+    path, root = Path(path), project_root()
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def write_atomic(path, content) -> Path:
@@ -44,6 +56,17 @@ def write_atomic(path, content) -> Path:
 def write_json(path, value) -> Path:
     """Readable JSON, the same bytes for the same value."""
     return write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+@contextmanager
+def full_disk_is_a_sentence(folder):
+    """Turns a full disk at any write into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        raise UserError(f"The disk under {folder} is full: make room and run again; what is there already is whole.") from error
 
 
 def sha256_file(path) -> str:

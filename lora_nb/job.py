@@ -99,7 +99,7 @@ def prepare(config: Config, accelerator: Accelerator, on_event=ignore) -> Job:
         noise_scheduler=noise_scheduler,
         vae_config=models.vae_config(config.base_model, config.vae_model),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16"),
+        scaler=torch.amp.GradScaler(accelerator.device.type, enabled="fp16" in (config.precision, config.mixed_precision)),
         trainable=trainable,
         rate_factor=factor,
         base_rates=[rate for rate, _ in groups],

@@ -10,7 +10,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """adamw (fused, or with 8-bit state), adafactor or prodigy over `groups` of {"params", "lr"}."""
     if name == "adafactor":
-        return torch.optim.Adafactor(groups, weight_decay=weight_decay)
+        # Scaled by the learning rate alone, as AdamW: by a weight's own size, a LoRA's up matrix would not leave its zeros.
+        return torch.optim.Adafactor(groups, eps=(None, 1.0), weight_decay=weight_decay)
     if name == "prodigy":
         from prodigyopt import Prodigy
 

@@ -1,4 +1,5 @@
-"""What a run leaves to be read: training_metrics.csv, status.json, training_summary.txt, and the lock on its folder."""
+"""What a run leaves to be read: training_metrics.csv, status.json, training_summary.txt, trackers' logs, and the lock
+on its folder."""
 
 import csv
 import datetime
@@ -12,11 +13,10 @@ from pathlib import Path
 import filelock
 import psutil
 
-from lora_nb.checkpoint import full_disk_is_a_sentence
 from lora_nb.errors import UserError
 from lora_nb.files import write_atomic, write_json
 
-METRICS, STATUS, SUMMARY = "training_metrics.csv", "status.json", "training_summary.txt"
+METRICS, STATUS, SUMMARY, LOGS = "training_metrics.csv", "status.json", "training_summary.txt", "logs"
 COLUMNS = ("step", "loss", "learning_rate", "epoch", "grad_norm")
 
 
@@ -47,12 +47,11 @@ class Metrics:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([self._text(row) for row in rows])
-        with full_disk_is_a_sentence(run_dir):
-            write_atomic(self.path, text.getvalue())
+        write_atomic(self.path, text.getvalue())
 
     def write(self, **row) -> None:
         """Append one row of COLUMNS."""
-        with full_disk_is_a_sentence(self.path.parent), open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             file.write(",".join(self._text(row)) + "\n")
 
     @staticmethod
@@ -78,8 +77,7 @@ def read_metrics(run_dir) -> list[dict]:
 def write_status(run_dir, status: str, **facts) -> None:
     """status.json: what a fresh kernel or another program needs to see how the run stands."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with full_disk_is_a_sentence(run_dir):
-        write_json(Path(run_dir) / STATUS, {"status": status, **facts, "pid": os.getpid(), "updated": now})
+    write_json(Path(run_dir) / STATUS, {"status": status, **facts, "pid": os.getpid(), "updated": now})
 
 
 def read_status(run_dir) -> dict:
@@ -98,5 +96,21 @@ def write_summary(run_dir, lines: dict[str, object]) -> Path:
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
     width = max(map(len, lines))
     text = "".join(f"{name.ljust(width)}  {value}\n" for name, value in {**lines, "machine": machine}.items())
-    with full_disk_is_a_sentence(run_dir):
-        return write_atomic(Path(run_dir) / SUMMARY, text)
+    return write_atomic(Path(run_dir) / SUMMARY, text)
+
+
+def start_trackers(accelerator, run_dir, settings: dict) -> None:
+    """Begin a run in accelerate's trackers, if it has any; what they write lies below `run_dir`/logs.
+
+    Raises UserError where one cannot start: not logged in, no network, no disk.
+    """
+    if not accelerator.log_with:
+        return
+    run_dir = Path(run_dir)
+    (run_dir / LOGS).mkdir(exist_ok=True)
+    wandb = {"dir": str(run_dir / LOGS), "name": run_dir.name}
+    try:
+        accelerator.init_trackers("lora_nb", {name: str(value) for name, value in settings.items()}, {"wandb": wandb})
+    except Exception as error:  # each tracker has a family of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"A tracker cannot start ({reason}): mend that, take WANDB_MODE=offline, or set use_wandb and use_tensorboard: false.") from error

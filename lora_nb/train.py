@@ -14,22 +14,31 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from lora_nb import cache, models
-from lora_nb.checkpoint import check_space, latest_checkpoint, list_checkpoints, load_checkpoint, prune, save_checkpoint
+from lora_nb import cache, models, runlog
+from lora_nb.checkpoint import (
+    check_space,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+    set_aside,
+)
 from lora_nb.config import FREE_TO_CHANGE, Config
 from lora_nb.copies import bring_back, copy_checkpoint
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, ignore
 from lora_nb.export import ExportResult, diffusers_tensors
 from lora_nb.export_run import export_trained
-from lora_nb.files import project_root
+from lora_nb.files import full_disk_is_a_sentence, project_root
 from lora_nb.job import Job, prepare
 from lora_nb.lora_file import lora_of
+from lora_nb.manifest import best_manifest
 from lora_nb.memory import is_out_of_memory, out_of_memory, peak_memory, release
 from lora_nb.optimizers import pack_state, unpack_state
-from lora_nb.runlog import Metrics, only_trainer, write_status, write_summary
+from lora_nb.runlog import Metrics, only_trainer, start_trackers, write_status, write_summary
 from lora_nb.step import accumulate, check_learning, optimise, synchronise
-from lora_nb.validation import Validator, live_embeddings
+from lora_nb.validation import FOLDER, Validator, live_embeddings
 
 CHECKPOINTS = "checkpoints"
 STATUS_EVERY_S = 1.0  # seconds between writes of status.json: each waits for the disk
@@ -57,16 +66,17 @@ def train(config: Config, on_event=ignore) -> Run:
     """
     trackers = [name for name, wanted in {"wandb": config.use_wandb, "tensorboard": config.use_tensorboard}.items() if wanted]
     # Half precision is ours (see Job.autocast), whatever accelerate's own configuration says.
-    accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(config.run_dir / "logs"))
+    accelerator = Accelerator(mixed_precision="no", log_with=trackers or None, project_dir=str(config.run_dir / runlog.LOGS))
     tell = on_event if accelerator.is_main_process else ignore
     device = accelerator.device.type
     config.check_machine(device, bf16=device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False))
     for sentence in config.warnings():
         tell(Notice(sentence))
+    best_manifest(config.run_dir)  # refuses before a folder is made for the lock
     with only_trainer(config.run_dir) if accelerator.is_main_process else nullcontext():
         try:
-            job = prepare(config, accelerator, tell)
-            return _run(job, tell)
+            with full_disk_is_a_sentence(config.run_dir):
+                return _run(prepare(config, accelerator, tell), tell)
         except BaseException as error:
             if is_out_of_memory(error):
                 error = out_of_memory(error, config)
@@ -92,12 +102,12 @@ def _run(job: Job, on_event) -> Run:
     if main:
         check_space(config.run_dir, _bytes_needed(job), "The run")
         config.save()
+        set_aside(config.run_dir / CHECKPOINTS, after=step)
         metrics = Metrics(config.run_dir, step)
         write_status(config.run_dir, "running", step=step, max_steps=config.max_steps)
-        if step == 0 and config.validate_every:
-            validator.draw(0, on_event)
-    if job.accelerator.log_with:
-        job.accelerator.init_trackers("lora_nb", {name: str(value) for name, value in config.model_dump().items()})
+    start_trackers(job.accelerator, config.run_dir, config.model_dump())
+    if main and _validates(config, step) and not (step and validator.has(step)):  # or a kill came between save and pictures
+        validator.draw(step, on_event)
     first, checked, loss, told = step, False, None, began
     with stop_on_interrupt() as wants_to_stop:
         while step < config.max_steps:
@@ -127,12 +137,16 @@ def _run(job: Job, on_event) -> Run:
                 path = save(job, step, window)
                 on_event(Saved(step, path))
                 _copy_away(config, path, on_event)
-            if main and config.validate_every and (step % config.validate_every == 0 or step == config.max_steps):
+            if main and _validates(config, step):
                 validator.draw(step, on_event)
             if stop and step < config.max_steps:
                 on_event(Notice(f"Interrupted: step {step} is saved; run again to go on."))
                 break
     return _finish(job, validator, step, loss, time.monotonic() - began, step - first, on_event)
+
+
+def _validates(config: Config, step: int) -> bool:
+    return bool(config.validate_every) and (step % config.validate_every == 0 or step == config.max_steps)
 
 
 def _fitting(job: Job, step: int, on_event) -> tuple[float, list]:
@@ -205,6 +219,8 @@ def resume(job: Job, on_event) -> tuple[int, list[float]]:
     folder = job.config.run_dir / CHECKPOINTS
     path = latest_checkpoint(folder, on_event)
     if path is None:
+        if list_checkpoints(folder):
+            on_event(Notice("No checkpoint is whole: the training begins anew."))
         return 0, []
     tensors, optimizer, state = load_checkpoint(path)
     check_continuity(job, state)
@@ -245,12 +261,15 @@ def _validator(job: Job) -> Validator:
 
 
 def _bytes_needed(job: Job) -> int:
-    """LoRA and two moments for every checkpoint that is kept and one more, three exports, pictures."""
+    """LoRA and the optimizer's state for every checkpoint that is kept and one more, three exports, pictures; less what
+    a run that goes on has written already."""
     config, weights = job.config, sum(parameter.numel() for parameter in job.trainable.values())
+    moments = {"adamw": 2 if config.use_8bit_adam else 8, "adafactor": 1, "prodigy": 16}[config.optimizer]
     kept = (config.save_total_limit or config.max_steps // config.save_every) + 1
     rounds = config.max_steps // config.validate_every + 1 if config.validate_every else 0
     pictures = rounds * len(config.prompts) * config.num_validation_images * 2 * config.resolution**2
-    return weights * (kept * (4 + (2 if config.use_8bit_adam else 8)) + 8) + pictures
+    there = sum(file.stat().st_size for folder in (CHECKPOINTS, FOLDER) for file in (config.run_dir / folder).rglob("*") if file.is_file())
+    return max(0, weights * (kept * (4 + moments) + 8) + pictures - there)
 
 
 def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, steps_done: int, on_event) -> Run:
@@ -263,24 +282,33 @@ def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, ste
             export = _export(job, step, validator, on_event)
         prune(config.run_dir / CHECKPOINTS, config.save_total_limit)
         kept = [number for number, _ in list_checkpoints(config.run_dir / CHECKPOINTS)]
-        pace = f"{1000 * seconds / steps_done:.0f} ms, validation and saving included" if steps_done else "none were left to do"
-        arithmetic = "fp32" if config.mixed_precision == "no" else config.mixed_precision
-        write_summary(config.run_dir, {
-            "run": config.run_name, "status": f"{status} at step {step} of {config.max_steps}", "base": config.base_model,
-            "device": f"{job.device.type}, {job.accelerator.num_processes} process(es), {config.precision} base, {arithmetic} arithmetic",
-            "pictures": f"{len(job.samples)}, {config.resolution} px, {job.batch} a step, "
-            + ("from the cache" if job.source.cached else "encoded while training"),
-            "LoRA": f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {sum(p.numel() for p in job.trainable.values()):,} weights in {config.lora_target_modules}",
-            "time": f"{seconds:.0f} s in this session, {steps_done} steps", "a step": pace,
-            "peak memory": f"{peak_memory(job.device):.2f} GiB", "last loss": loss, "checkpoints": kept,
-            "settings": "; ".join(f"{name} {value}" for name, _, value, _ in config.differences()),
-        })  # fmt: skip
+        if loss is None and (rows := runlog.read_metrics(config.run_dir)):  # nothing was left to do
+            loss = rows[-1]["loss"]
+        if steps_done or not (config.run_dir / runlog.SUMMARY).is_file():  # else that of the session which trained stays
+            write_summary(config.run_dir, _summary(job, f"{status} at step {step}", loss, seconds, steps_done, kept))
         write_status(config.run_dir, status, step=step, max_steps=config.max_steps, loss=loss, seconds=round(seconds, 1))
     if job.accelerator.log_with:
         job.accelerator.end_training()
     job.accelerator.wait_for_everyone()
     checkpoints = tuple(path for _, path in list_checkpoints(config.run_dir / CHECKPOINTS))
     return Run(config.run_dir, status, step, loss, seconds, checkpoints, export)
+
+
+def _summary(job: Job, status: str, loss, seconds: float, steps_done: int, kept: list[int]) -> dict[str, object]:
+    """The lines of training_summary.txt."""
+    config = job.config
+    pace = f"{1000 * seconds / steps_done:.0f} ms, validation and saving included" if steps_done else "none were left to do"
+    arithmetic = "fp32" if config.mixed_precision == "no" else config.mixed_precision
+    return {
+        "run": config.run_name, "status": f"{status} of {config.max_steps}", "base": config.base_model,
+        "device": f"{job.device.type}, {job.accelerator.num_processes} process(es), {config.precision} base, {arithmetic} arithmetic",
+        "pictures": f"{len(job.samples)}, {config.resolution} px, {job.batch} a step, "
+        + ("from the cache" if job.source.cached else "encoded while training"),
+        "LoRA": f"rank {config.lora_rank}, alpha {config.lora_alpha:g}, {sum(p.numel() for p in job.trainable.values()):,} weights in {config.lora_target_modules}",
+        "time": f"{seconds:.0f} s in this session, {steps_done} steps", "a step": pace,
+        "peak memory": f"{peak_memory(job.device):.2f} GiB", "last loss": loss, "checkpoints": kept,
+        "settings": "; ".join(f"{name} {value}" for name, _, value, _ in config.differences()),
+    }  # fmt: skip
 
 
 def _export(job: Job, step: int, validator: Validator, on_event) -> ExportResult:

@@ -23,6 +23,10 @@ class Validator:
         self.config, self.unet, self.embeddings, self.device, self.autocast = config, unet, embeddings, device, autocast
         self._pipeline = None
 
+    def has(self, step: int) -> bool:
+        """Whether the pictures of `step` are all there: their list is written last."""
+        return (self.config.run_dir / FOLDER / f"step-{step}" / "prompts.json").is_file()
+
     def draw(self, step: int, on_event=ignore) -> None:
         """Pictures of `step` under validation_images/step-N, with prompts.json; a failure is told and does not stop the run."""
         folder = self.config.run_dir / FOLDER / f"step-{step}"

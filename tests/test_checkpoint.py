@@ -45,7 +45,7 @@ def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path, name, how):
         file.write_bytes(content[: len(content) // 2] if how == "cut" else bytes([content[0] ^ 1]) + content[1:])
     told = []
     assert ck.latest_checkpoint(tmp_path, told.append) == tmp_path / "checkpoint-1"
-    assert [type(event) for event in told] == [Notice] and "checkpoint-2" in told[0].message
+    assert [type(event) for event in told] == [Notice] and "checkpoint-2 is damaged" in told[0].message
     assert ck.damage(save(tmp_path, 2)) is None  # and it can be made again
 
 
@@ -60,6 +60,18 @@ def test_leftovers_of_a_kill_are_not_seen_and_swept(tmp_path):
     assert ck.latest_checkpoint(tmp_path).name == "checkpoint-1"
     save(tmp_path, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_damaged_ones_set_aside_cost_no_whole_one(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    for step in (4, 6):
+        (tmp_path / f"checkpoint-{step}" / ck.STATE).write_text("?")
+    ck.set_aside(tmp_path, after=2)
+    ck.set_aside(tmp_path, after=2)  # a run that is killed again does it again
+    assert [step for step, _ in ck.list_checkpoints(tmp_path)] == [2]
+    save(tmp_path, 3, keep=1)
+    assert ck.latest_checkpoint(tmp_path).name == "checkpoint-3" and (tmp_path / "checkpoint-6.damaged" / ck.LORA).is_file()
 
 
 def test_full_disk_leaves_the_last_one_whole(tmp_path):
@@ -106,6 +118,15 @@ def advance(optimizer, parameters, steps):
         for parameter in parameters:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["adamw", "adamw8bit", "adafactor"])
+def test_a_step_is_as_long_as_its_rate_whatever_the_optimizer(kind):
+    """A LoRA's up matrix begins at zero: an optimizer that scales steps by the weights would leave it there."""
+    up = torch.nn.Parameter(torch.zeros(80, 64))
+    optimizer = build_optimizer(**kind, groups=[{"params": [up], "lr": 0.01}])
+    advance(optimizer, [up], [1])
+    assert up.detach().square().mean().sqrt().item() == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["adamw", "adamw8bit", "adafactor"])

@@ -1,5 +1,6 @@
 """Copies of checkpoints on a second folder: whole or not there, never twice the same name, found on a fresh machine."""
 
+import errno
 import shutil
 
 import pytest
@@ -44,6 +45,13 @@ def test_a_damaged_copy_is_named_and_the_one_before_used(checkpoint, tmp_path):
     assert newest.name in notes[0].message and "checkpoint-2" in notes[-1].message
 
 
+def test_a_damaged_later_copy_costs_no_whole_one(checkpoint, tmp_path):
+    damaged = copy_checkpoint(checkpoint(9), tmp_path / "drive", keep=1)
+    (damaged / "state.json").write_text("?")
+    whole = copy_checkpoint(checkpoint(4), tmp_path / "drive", keep=1)
+    assert newest_copy(tmp_path / "drive") == whole
+
+
 def test_what_is_here_is_not_brought_again(checkpoint, tmp_path):
     assert bring_back(tmp_path / "drive", tmp_path / "checkpoints") is None  # no Drive yet
     copy_checkpoint(checkpoint(2), tmp_path / "drive")
@@ -55,14 +63,26 @@ def test_what_is_here_is_not_brought_again(checkpoint, tmp_path):
 
 
 def test_a_copy_that_reads_back_otherwise_is_refused(checkpoint, tmp_path, monkeypatch):
-    path, copytree = checkpoint(2), shutil.copytree
+    path, copyfile = checkpoint(2), shutil.copyfile
 
     def lossy(source, target):
-        copytree(source, target)
-        (target / "state.json").write_text("?")
+        copyfile(source, target)
+        if target.name == "state.json":
+            target.write_text("?")
 
-    monkeypatch.setattr(shutil, "copytree", lossy)
+    monkeypatch.setattr(shutil, "copyfile", lossy)
     with pytest.raises(UserError, match="is damaged"):
+        copy_checkpoint(path, tmp_path / "drive")
+    assert list((tmp_path / "drive").iterdir()) == []
+
+
+def test_a_full_drive_is_told_as_such(checkpoint, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = checkpoint(2)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="make room there"):
         copy_checkpoint(path, tmp_path / "drive")
     assert list((tmp_path / "drive").iterdir()) == []
 

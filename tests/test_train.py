@@ -1,5 +1,6 @@
 """The loop: exact resume, agreement of all the ways to the same step, refusals, and what a run leaves behind."""
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from lora_nb import cache, models, runlog, validation
 from lora_nb import step as step_module
 from lora_nb import train as train_module
-from lora_nb.checkpoint import LORA, OPTIMIZER
+from lora_nb.checkpoint import LORA, OPTIMIZER, latest_checkpoint
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, Validated
 from lora_nb.manifest import PLAIN
@@ -129,6 +130,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(make_run):
     told = [event.message for event in events if isinstance(event, Notice)]
     assert any("checkpoint-6 is damaged" in sentence for sentence in told) and any("after step 4" in sentence for sentence in told)
     assert result_of(config, 6) == expected
+
+
+def test_checkpoints_that_are_made_again_drop_no_whole_one(make_run):
+    """Damaged at 4 and 6, and saved more seldom from then on: what is kept is whole."""
+    config = make_run()
+    train(config)
+    for step in (4, 6):
+        (config.run_dir / "checkpoints" / f"checkpoint-{step}" / OPTIMIZER).write_bytes(b"")
+    seldom = config.model_copy(update={"save_every": 3, "save_total_limit": 1})
+    with pytest.raises(Killed):
+        train(seldom, kill_at(4))
+    assert latest_checkpoint(config.run_dir / "checkpoints").name == "checkpoint-3"
+    for path in (config.run_dir / "checkpoints").glob("checkpoint-*"):
+        (path / OPTIMIZER).write_bytes(b"")
+    events = []
+    assert train(seldom, events.append).status == "finished"
+    assert any("begins anew" in event.message for event in events if isinstance(event, Notice))
 
 
 def test_what_breaks_continuity_is_named(make_run, project):
@@ -350,6 +368,69 @@ def test_rows_that_a_kill_cut_short_are_left_out(tmp_path):
     assert path.read_text() == "step,loss,learning_rate,epoch,grad_norm\n2,0.5,0.1,1,0\n3,0.33333333,0.1,1.5,2\n"
 
 
+def test_running_a_finished_run_again_keeps_what_it_said(make_run):
+    config = make_run()
+    first = train(config)
+    summary, again = (config.run_dir / "training_summary.txt").read_text(), train(config)
+    assert (config.run_dir / "training_summary.txt").read_text() == summary and "6 steps" in summary
+    assert (again.status, again.step) == ("finished", 6) and again.loss > 0 and first.loss > 0
+    assert read_status(config.run_dir)["loss"] == again.loss
+
+
+def test_pictures_that_a_kill_kept_from_being_drawn_are_drawn(make_run):
+    config = make_run(validate_every=2)
+
+    def kill_after_saving(event):
+        if isinstance(event, Saved) and event.step == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, kill_after_saving)
+    events = []
+    train(config, events.append)
+    assert [event.step for event in events if isinstance(event, Validated)] == [4, 6]
+    events.clear()
+    train(config, events.append)
+    assert not any(isinstance(event, Validated) for event in events)  # they are all there
+
+
+def test_a_full_disk_is_a_sentence_wherever_it_is_met(make_run, monkeypatch):
+    write, config = runlog.write_atomic, make_run()
+
+    def full(path, content):
+        if path.name == runlog.METRICS:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(runlog, "write_atomic", full)
+    with pytest.raises(UserError, match="is full: make room"):
+        train(config)
+    assert "is full" in read_status(config.run_dir)["error"]
+
+
+def test_trackers_write_below_the_run_and_fail_with_a_sentence(tmp_path):
+    begun = []
+
+    class Accelerator:
+        log_with = ["wandb"]
+
+        def init_trackers(self, project, settings, options):
+            begun.append((project, settings, options))
+            if len(begun) > 1:
+                raise RuntimeError("No API key configured.")
+
+    runlog.start_trackers(Accelerator(), tmp_path / "", {"max_steps": 6})
+    assert begun[0][1] == {"max_steps": "6"} and begun[0][2]["wandb"]["dir"] == str(tmp_path / "logs") and (tmp_path / "logs").is_dir()
+    with pytest.raises(UserError, match="No API key configured.*use_wandb"):
+        runlog.start_trackers(Accelerator(), tmp_path, {})
+
+
+def test_half_precision_weights_are_trained_with_a_scaled_loss(make_run):
+    """Their gradients would be lost below what fp16 can tell apart, autocast or not."""
+    for settings, scaled in ({"precision": "fp16"}, True), ({"precision": "fp32"}, False):
+        assert train_module.prepare(make_run(**settings), train_module.Accelerator()).scaler.is_enabled() == scaled
+
+
 def test_one_trainer_a_folder(make_run):
     config = make_run()
     with runlog.only_trainer(config.run_dir), pytest.raises(UserError, match="Another training"):
@@ -425,7 +506,7 @@ def test_refusals_before_anything_is_loaded(make_run, project):
     for words, settings in cases.items():
         with pytest.raises(UserError, match=words):
             train(config.model_copy(update=settings))
-    assert len(cases) == 4
+    assert len(cases) == 4 and not (project / "outputs" / "empty").exists()
 
 
 def test_sizes_that_a_run_needs(make_run):
