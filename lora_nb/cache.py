@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from lora_nb import models
 from lora_nb.errors import UserError
 from lora_nb.events import Notice, Progress, ignore
-from lora_nb.files import sha256_file
+from lora_nb.files import full_disk_is_a_sentence, sha256_file
 from lora_nb.lora_file import write_safetensors
 from lora_nb.manifest import PLAIN, WITH_LATENTS, Manifest, open_sample, read_manifest, write_manifest
 from lora_nb.memory import on_device
@@ -157,14 +157,20 @@ def _source_of(manifest_path: Path) -> Path:
     """The manifest that is to be encoded: for one with latents, which `encode` wrote, the one that it was made from."""
     if manifest_path.name != WITH_LATENTS:
         return manifest_path
-    record = read_manifest(manifest_path).metadata.settings.get("cache", {})
-    return manifest_path.with_name(str(record.get("source", PLAIN)))
+    return manifest_path.with_name(_record_of(read_manifest(manifest_path)).get("source", PLAIN))
+
+
+def _record_of(manifest) -> dict:
+    """What `encode` noted in a manifest; {} where that is not there, or not what `encode` writes."""
+    record = manifest.metadata.settings.get("cache")
+    ours = isinstance(record, dict) and isinstance(record.get("source"), str) and Path(record["source"]).name == record["source"]
+    return record if ours else {}
 
 
 def _encode_pictures(manifest, base_model, vae_model, weights, random_flip, device, on_event):
     """Relative latent paths, one a sample, and how many entries were made."""
     vae, paths, made, total = None, [], set(), len(manifest.samples)
-    with _writer() as write:
+    with _writer(manifest.folder) as write:
         for done, (sample, pixels) in enumerate(_decoded(manifest), start=1):
             path = f"{LATENTS}/{latent_key(pixels, weights)}.safetensors"
             paths.append(path)
@@ -189,7 +195,7 @@ def encode_captions(folder, captions, base_model, weights, dtype=torch.float32, 
         return 0
     tokenizers, text_encoders = models.load_text_encoders(base_model, dtype, device)
     zeros = models.zeros_for_empty_prompt(base_model)
-    with _writer() as write:
+    with _writer(folder) as write:
         for done, caption in enumerate(missing, start=1):
             if tail := models.truncated(tokenizers[0], caption):
                 on_event(Notice(f"Only 75 tokens of a caption are read; this end is not: “…{tail}”."))
@@ -214,12 +220,12 @@ def _decoded(manifest, ahead: int = 4):
 
 
 @contextmanager
-def _writer(behind: int = 4):
+def _writer(folder, behind: int = 4):
     """Yields write(file, tensors, metadata), which returns at once: a disk takes milliseconds to sync each file.
 
     At most `behind` files wait; a write that failed raises at a later call, or at the end.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with full_disk_is_a_sentence(folder), ThreadPoolExecutor(max_workers=1) as pool:
         waiting = deque()
 
         def write(*what):
@@ -291,11 +297,12 @@ class _Kept:
 
 def cached_samples(manifest: Manifest, weights: Weights, random_flip: bool = False) -> Samples:
     """Samples from the files that `encode` wrote. Raises UserError if they were made of, or with, something else."""
-    record = manifest.metadata.settings.get("cache") or {}
+    record = _record_of(manifest)
     source = manifest.folder / record.get("source", "")
     problems = {
         "the VAE is another one": record.get("vae") != weights.vae,
         "the text encoders are others": record.get("text") != weights.text,
+        "a picture has no latents": any(not sample.latent_path for sample in manifest.samples),
         "flips were not encoded": random_flip and not record.get("flips"),
         f"{source.name} has changed": source.is_file() and sha256_file(source) != record.get("source_sha256"),
         "a caption has changed": any(

@@ -17,9 +17,9 @@ from .duplicates import TwinSearch
 from .errors import UserError
 from .events import OnEvent, Progress, ignore
 from .files import project_root, write_atomic, write_json
-from .findings import Finding, finding
+from .findings import ERROR, Finding, finding
 from .judge import compare, judge, set_apart
-from .layouts import Record, describe_layout, existing_folder, expected_caption, pair, walk
+from .layouts import CAPTION_ENDINGS, Record, describe_layout, existing_folder, expected_caption, pair, walk
 from .manifest import Manifest, Sample, best_manifest, open_sample, read_manifest, write_manifest
 from .preprocess import preprocess
 from .report import Picture, Report
@@ -76,8 +76,9 @@ def scan(folder, unpack_into=None) -> Records:
         source, findings = unpack(source, unpack_into or project_root() / "outputs" / "unpacked")
     tree = walk(source)
     if not tree.pictures:
+        barred = next((f" ({each.message.rstrip('.')})" for each in tree.findings if each.severity == ERROR), "")
         raise UserError(
-            f"{folder} holds no pictures: put them into {folder}/images with captions in {folder}/captions, or .txt files beside them."
+            f"{folder} holds no pictures{barred}: put them into {folder}/images with captions in {folder}/captions, or .txt files beside them."
         )
     rows, row_findings = read_metadata(source, tree.metadata, tree.pictures)
     records, loose = pair(tree, rows)
@@ -170,9 +171,15 @@ def write_overrides(run_dir, overrides: dict[str, str]) -> Path:
 
 
 def write_caption(records: Records, image_path: str, caption: str) -> Path:
-    """Write a caption into the user's own file, because the user asked for it; makes the file where there is none."""
+    """Write a caption into the user's own file, because the user asked for it; makes the file where there is none.
+
+    Raises UserError for a caption that is a row of a metadata file.
+    """
     record = next(each for each in records if each.image_path == image_path)
-    return write_atomic(records.root / (record.caption_path or expected_caption(image_path)), caption + "\n")
+    file = record.caption_path or expected_caption(image_path)
+    if not file.lower().endswith(CAPTION_ENDINGS):
+        raise UserError(f"The caption of {image_path} is a row of {file}: change it there; it is kept as an override meanwhile.")
+    return write_atomic(records.root / file, caption + "\n")
 
 
 def _read_notes(path) -> dict[str, str]:

@@ -15,7 +15,7 @@ _RENAME = "Rename the file."
 CODES = {
     # what lies in the folder
     "broken-link": (ERROR, "{file} is a link to a file that does not exist.", "Put the picture itself there."),
-    "link-leaves-folder": (ERROR, "{file} is a link that leads out of the data set.", "Copy the picture into the folder."),
+    "link-leaves-folder": (ERROR, "{file} is a link that leads out of the data set.", "Copy what it leads to into the folder, or remove the link."),
     "not-a-file": (ERROR, "{file} is no regular file but a pipe, a socket or a device.", "Remove it from the folder."),
     "folder-unreadable": (ERROR, "The folder {file} cannot be opened ({reason}).", "Give yourself the right to read it."),
     "name-not-unicode": (ERROR, "The name {file} holds bytes that are no UTF-8 text.", _RENAME),

@@ -81,7 +81,8 @@ def _sort_in(tree, name, entry):
     elif problem and ending in CAPTION_ENDINGS:
         tree.findings.append(finding(problem[0], name, **problem[1]))
     elif problem:
-        tree.findings.append(finding("other-file", name))
+        led_out = problem[0] == "link-leaves-folder" and entry.is_dir()  # a whole folder of pictures, perhaps
+        tree.findings.append(finding(problem[0] if led_out else "other-file", name))
     elif ending in CAPTION_ENDINGS:
         tree.captions.append(name)
     elif entry.name.lower() in METADATA_NAMES:
@@ -134,8 +135,9 @@ def _kohya(name):
     return match if match and int(match[1]) > 0 else None
 
 
-def pair(tree: Tree, rows: dict[str, str]) -> tuple[list[Record], list[Finding]]:
-    """Give every picture its caption: from `rows` (image_path: caption), else a file, else a kohya folder's words.
+def pair(tree: Tree, rows: dict[str, tuple[str, str]]) -> tuple[list[Record], list[Finding]]:
+    """Give every picture its caption: from `rows` (image_path: caption, metadata file), else a file, else a kohya
+    folder's words.
 
     Returns the records and the findings that belong to no picture.
     """
@@ -147,7 +149,7 @@ def pair(tree: Tree, rows: dict[str, str]) -> tuple[list[Record], list[Finding]]
             findings.append(finding("outside-layout", name))
             continue
         record = _record(tree, name, rows, index)
-        if record.caption_path:
+        if record.caption_path in index.exact:
             users[record.caption_path].append(name)
         records.append(record)
     for caption in tree.captions:
@@ -166,17 +168,22 @@ def _record(tree, name, rows, index) -> Record:
         record = replace(record, repeats=int(kohya[1]))
     found = _name_findings(name)
     source, notices = None, []
-    caption = clean(rows[name], notices) if name in rows else None
-    if caption is None:
-        source, others, other_spelling = index.find(name)
-        found += [finding("two-captions", name, used=source, other=other) for other in others]
+    file, others, other_spelling = index.find(name)
+    if name in rows:
+        text, source = rows[name]
+        caption = clean(text, notices)
+        others = [file, *others] if file else []
+        index.passed_over.update(others)
+    elif file:
+        source = file
+        caption, notices = _read_caption(tree.root / source)
         if other_spelling:
             found.append(finding("caption-other-spelling", name, other=source))
-    if source:
-        caption, notices = _read_caption(tree.root / source)
-    elif caption is None and kohya:
-        caption = kohya[2]
-        found.append(finding("caption-from-folder", name, caption=caption))
+    else:
+        caption = kohya[2] if kohya else None
+        if kohya:
+            found.append(finding("caption-from-folder", name, caption=caption))
+    found += [finding("two-captions", name, used=source, other=other) for other in others]
     found += [finding(code, name, **facts) for code, facts in notices]
     expected = source or expected_caption(name)
     unread = any(each.code in ("caption-binary", "caption-unreadable", "caption-too-large") for each in found)
@@ -284,6 +291,6 @@ def existing_folder(folder) -> Path:
     path = Path(folder).expanduser()
     if not path.exists():
         raise UserError(
-            f"There is no folder {folder}: check DATASET_PATH (--dataset-path), or put your pictures there."
+            f"There is no folder {folder}: check DATASET_PATH (--dataset), or put your pictures there."
         )
     return path.resolve()

@@ -31,7 +31,7 @@ def _inside(path: str) -> str:
 
 InsidePath = Annotated[str, AfterValidator(_inside), Field(max_length=4096)]
 Side = Annotated[int, Field(gt=0, le=1_000_000)]
-BucketSide = Annotated[int, Field(gt=0, le=16384)]
+BucketSide = Annotated[int, Field(gt=0, le=16384, multiple_of=8)]
 Offset = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
@@ -198,7 +198,7 @@ def best_manifest(run_dir) -> Path:
     for name in (WITH_LATENTS, PROCESSED, PLAIN):
         if (path := Path(run_dir) / name).is_file():
             return path
-    raise UserError(f"{run_dir} holds no manifest: run notebook 01 (or `python -m lora_nb validate`) first.")
+    raise UserError(f"{run_dir} holds no manifest: run notebook 01 (or `python -m lora_nb validate DIR --output {run_dir}`) first.")
 
 
 def open_sample(manifest: Manifest, sample: Sample) -> Image.Image:

@@ -9,12 +9,13 @@ from pathlib import Path, PurePosixPath
 from .buckets import Crop, fit
 from .errors import UserError
 from .events import OnEvent, Progress, ignore
-from .files import write_atomic
+from .files import FULL_DISK, write_atomic
 from .images import BadPicture, open_rgb
 from .manifest import PROCESSED, Manifest, Sample, write_manifest
 from .workers import Failure, run_isolated
 
 FOLDER = "processed_images"
+_FULL = "the disk is full"
 RECIPE = 1  # raised when the same settings begin to give other pixels
 
 
@@ -38,9 +39,8 @@ def preprocess(manifest: Manifest, workers=None, time_limit_s=120.0, on_event: O
 
     run_isolated("lora_nb.preprocess:process", jobs, take, workers, time_limit_s)
     if failed:
-        raise UserError(
-            f"{len(failed)} pictures could not be preprocessed: {', '.join(sorted(failed)[:5])}; validate the data set again."
-        )
+        cure = "make room and run again" if any(_FULL in each for each in failed) else "validate the data set again"
+        raise UserError(f"{len(failed)} pictures could not be preprocessed: {', '.join(sorted(failed)[:5])}; {cure}.")
     processed = manifest.with_samples(samples)
     write_manifest(processed, manifest.folder / PROCESSED)
     return processed
@@ -76,7 +76,12 @@ def process(job: dict) -> str | None:
     crop = Crop(tuple(job["crop"]["resized"]), job["crop"]["left"], job["crop"]["top"])
     png = io.BytesIO()
     fit(image, bucket, crop).save(png, "PNG", optimize=True)
-    write_atomic(target, png.getvalue())
+    try:
+        write_atomic(target, png.getvalue())
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        return _FULL
     return None
 
 

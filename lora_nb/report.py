@@ -10,6 +10,7 @@ from pathlib import Path
 from .buckets import Crop, drawn_place, plan_crop
 from .captions import Absorption, absorption, find_trigger
 from .errors import UserError
+from .files import full_disk_is_a_sentence
 from .findings import COLOURS, ERROR, SEVERITIES, WARNING, Finding, printable
 from .layouts import Record
 from .manifest import PLAIN, SCHEMA_VERSION, Manifest, ManifestFile, relative_root, write_manifest
@@ -240,7 +241,8 @@ class Report:
     def write(self, folder) -> Manifest:
         """Write dataset_manifest.json into `folder` and return it."""
         manifest = self.manifest(folder)
-        write_manifest(manifest, Path(folder) / PLAIN)
+        with full_disk_is_a_sentence(folder):
+            write_manifest(manifest, Path(folder) / PLAIN)
         return manifest
 
 

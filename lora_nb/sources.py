@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .captions import MAX_BYTES as MAX_CAPTION_BYTES
 from .errors import UserError
-from .files import sha256_file, write_json
+from .files import FULL_DISK, full_disk_is_a_sentence, sha256_file, write_json
 from .findings import Finding, finding
 
 MAX_ENTRIES = 200_000
@@ -35,8 +35,9 @@ def unpack(archive, into) -> tuple[Path, list[Finding]]:
         Path(into).mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(dir=into, prefix=".unpacking-"))
         try:
-            refused = _extract(archive, beside)
-            write_json(beside / _FINDINGS, [[each.code, each.file, each.message, each.cure] for each in refused])
+            with full_disk_is_a_sentence(into):
+                refused = _extract(archive, beside)
+                write_json(beside / _FINDINGS, [[each.code, each.file, each.message, each.cure] for each in refused])
             os.replace(beside, folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -65,6 +66,8 @@ def _extract(archive, folder) -> list[Finding]:
                         f"{archive} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GB: unpack it yourself and check what it is."
                     )
     except (zipfile.BadZipFile, OSError) as error:
+        if getattr(error, "errno", None) in FULL_DISK:
+            raise
         raise UserError(f"{archive} cannot be unpacked ({error}): make the archive again.") from error
     return refused
 
@@ -90,6 +93,8 @@ def _extract_one(file, entry, path, left, refused) -> int:
     except Exception as error:  # bad checksum, unknown compression, a name that is too long: zlib.error, OSError, ...
         with contextlib.suppress(OSError):
             path.unlink()
+        if getattr(error, "errno", None) in FULL_DISK:  # the archive is not to blame, and a second try would help
+            raise
         refused.append(finding("archive-entry-damaged", entry.filename, reason=str(error)[:120]))
     return written
 
@@ -103,8 +108,8 @@ def _only_folder(folder: Path) -> Path:
         folder = entries[0]
 
 
-def read_metadata(root: Path, names, pictures) -> tuple[dict[str, str], list[Finding]]:
-    """Captions by image_path from metadata.jsonl or metadata.csv files, and the rows that could not be used."""
+def read_metadata(root: Path, names, pictures) -> tuple[dict[str, tuple[str, str]], list[Finding]]:
+    """image_path -> (caption, metadata file) from metadata.jsonl or metadata.csv files, and the rows that could not be used."""
     captions, findings, known = {}, [], set(pictures)
     for name in names:
         for number, row in _rows(root / name, name, findings):
@@ -152,4 +157,4 @@ def _take_row(row, name, number, captions, known, findings):
     elif path in captions:
         findings.append(finding("metadata-twice", name, row=number, other=file_name))
     else:
-        captions[path] = caption[:MAX_CAPTION_BYTES]
+        captions[path] = caption[:MAX_CAPTION_BYTES], name

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
+from lora_nb.errors import UserError
+
 
 def ab_picker(pairs, on_vote):
     """Two pictures at a time and three buttons; `on_vote(pair, "left" | "right" | "same")` is called for each answer.
@@ -88,9 +90,12 @@ def caption_editor(captions: dict, overrides: dict, on_change, write_file=None):
     def store(button):
         overrides[chosen.value] = text.value
         on_change(dict(sorted(overrides.items())))
-        if into_file.value and write_file is not None:
-            write_file(chosen.value, text.value)
         said.value = f"kept for {html.escape(chosen.value)}; validate again to see what it does"
+        if into_file.value and write_file is not None:
+            try:
+                write_file(chosen.value, text.value)
+            except UserError as error:  # a traceback of a button would go where nobody looks
+                said.value = html.escape(str(error))
 
     chosen.observe(choose, names="value")
     keep.on_click(store)

@@ -1,5 +1,6 @@
 """The cache: made once, by content, never used where it does not fit; and training from it is training without it."""
 
+import errno
 import json
 
 import pytest
@@ -135,6 +136,39 @@ def test_a_cache_that_does_not_fit_is_refused(make_run, project, tmp_path):
     (config.run_dir / PLAIN).write_text((config.run_dir / PLAIN).read_text().replace("hero", "heroine"))
     with pytest.raises(UserError, match="dataset_manifest.json has changed"):
         fitting(config)
+
+
+@pytest.mark.parametrize("record", ["x", None, {"source": 5}, {"source": "../../etc/passwd"}, {}])
+def test_a_hostile_record_is_none(make_run, record):
+    config = make_run(pictures=1)
+    encode(config)
+    path = config.run_dir / WITH_LATENTS
+    content = json.loads(path.read_text())
+    content["metadata"]["settings"]["cache"] = record
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="do not fit.*notebook 02"):
+        fitting(config)
+    assert cache.encode(path, config.base_model).latents_found == 1 and fitting(config)  # the cure works
+
+
+def test_a_picture_without_latents_is_told(make_run):
+    config = make_run(pictures=2)
+    encode(config)
+    path = config.run_dir / WITH_LATENTS
+    content = json.loads(path.read_text())
+    content["samples"][1]["latent_path"] = None
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="a picture has no latents"):
+        fitting(config)
+
+
+def test_a_full_disk_ends_encoding_with_a_sentence(make_run, monkeypatch):
+    def full(*what):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache, "write_safetensors", full)
+    with pytest.raises(UserError, match="is full: make room"):
+        encode(make_run(pictures=3))
 
 
 def test_edited_pictures_and_damaged_files_are_named(make_run, project):

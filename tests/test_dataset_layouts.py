@@ -1,5 +1,6 @@
 """Every layout is recognised, and what cannot be paired is named."""
 
+import errno
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import pytest
 from damage import JPEG, PNG, encoded, scene, write_pair
 
 from lora_nb import sources
-from lora_nb.dataset import read_exclusions, read_overrides, scan, with_overrides
+from lora_nb.dataset import read_exclusions, read_overrides, scan, with_overrides, write_caption
 from lora_nb.errors import UserError
 
 
@@ -92,9 +93,14 @@ def test_hugging_face_jsonl(tmp_path):
             "train/b.png": PNG,
             "train/c.png": PNG,
             "train/c.txt": "from a file",
+            "train/a.txt": "what no row says",
         },
     )
     records = scan(tmp_path)
+    assert ("train/a.png", "two-captions") in codes(records)  # the row counts
+    write_caption(records, "train/c.png", "from a file")
+    with pytest.raises(UserError, match="a row of metadata.jsonl"):
+        write_caption(records, "train/a.png", "would not be read")
     assert captions(records) == {"train/a.png": "first line", "train/b.png": None, "train/c.png": "from a file"}
     found = [each.code for each in records.findings]
     assert sorted(found) == ["metadata-row"] * 6 + ["metadata-twice", "metadata-without-picture"]
@@ -122,6 +128,17 @@ def test_twins_of_case_and_accents(tmp_path):
     )
     found = codes(scan(tmp_path))
     assert {("a.png", "case-twins"), ("é.png", "unicode-twins"), ("Á.png", "caption-other-spelling")} <= found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_a_folder_that_is_a_link_out_is_said(tmp_path):
+    put(tmp_path / "elsewhere", {"a.png": PNG})
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no pictures .images is a link that leads out"):
+        scan(tmp_path / "set")
+    put(tmp_path / "set", {"b.png": PNG, "b.txt": "said"})
+    assert ("images", "link-leaves-folder") in codes(scan(tmp_path / "set"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
@@ -202,6 +219,19 @@ def test_zip_with_a_damaged_entry_costs_one_picture(tmp_path):
     records = scan(archive, unpack_into=tmp_path / "unpacked")
     assert captions(records) == {"b.png": None}
     assert ("a.png", "archive-entry-damaged") in codes(records)
+
+
+def test_a_full_disk_is_not_the_archives_fault(tmp_path, monkeypatch):
+    archive = make_zip(tmp_path / "set.zip", {"a.png": PNG})
+
+    def full(path, mode="r", **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "open", full, raising=False)
+        with pytest.raises(UserError, match="is full: make room"):
+            scan(archive, unpack_into=tmp_path / "unpacked")
+    assert captions(scan(archive, unpack_into=tmp_path / "unpacked")) == {"a.png": None}
 
 
 def test_zip_limits(tmp_path, monkeypatch):

@@ -140,6 +140,7 @@ def edited(content, path, value):
         (["samples", 0, "repeats"], 0),
         (["samples", 0, "bucket"], [128]),
         (["samples", 0, "bucket"], [10**6, 10**6]),
+        (["samples", 0, "bucket"], [100, 100]),
         (["samples", 0, "crop", "left"], 64),
         (["samples", 0, "extra"], "typo"),
     ],
