@@ -6,9 +6,9 @@ import shutil
 import sys
 
 from lora_nb import validate_command
-from lora_nb.config import detect_preset, load_config, preset_names
+from lora_nb.config import detect_preset, load_config, preset_names, resolve_path
 from lora_nb.errors import UserError
-from lora_nb.files import project_root
+from lora_nb.files import from_root, full_disk_is_a_sentence, project_root
 from lora_nb.printing import printer, training_printer
 
 
@@ -19,7 +19,8 @@ def main(argv=None) -> int:
         return validate_command.main(argv[1:])
     options = build_parser().parse_args(argv)
     try:
-        return options.verb(options) or 0
+        with full_disk_is_a_sentence(project_root()):
+            return options.verb(options) or 0
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -93,7 +94,7 @@ def run(options):
 
     config = _config(options)
     parameters = {
-        "PRESET": options.preset, "CONFIG_FILE": options.config, "DATASET_PATH": options.dataset,
+        "PRESET": options.preset, "CONFIG_FILE": _for_notebooks(options.config), "DATASET_PATH": _for_notebooks(options.dataset),
         "TRIGGER_TOKEN": options.trigger_token, "MAX_STEPS": options.max_steps,
     }  # fmt: skip
     parameters = {name: value for name, value in parameters.items() if value is not None} | dict(options.parameter)
@@ -104,9 +105,13 @@ def run(options):
     return show_results(config.run_dir)
 
 
+def _for_notebooks(path):
+    """The path as notebooks find it too: they work in the project's root, and not where the command was typed."""
+    return path if path is None or (project_root() / path).exists() else str(resolve_path(path))
+
+
 def show_results(run_dir):
     """Where the pictures, the LoRA and the pages are, as far as they are there."""
-    root = project_root()
     places = {
         "pictures": ["evaluation/grids/before_after.png", "evaluation/grids/checkpoints.png"], "LoRA (ComfyUI, A1111, Forge)": [f"final/{run_dir.name}.safetensors"],
         "LoRA (diffusers)": ["final/pytorch_lora_weights.safetensors"], "chosen checkpoint": ["final/*_chosen.safetensors"],
@@ -114,7 +119,7 @@ def show_results(run_dir):
     }  # fmt: skip
     for what, patterns in places.items():
         for path in [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]:
-            print(f"{what + ':':30} {path.relative_to(root)}")
+            print(f"{what + ':':30} {from_root(path)}")
 
 
 def encode(options):
@@ -132,11 +137,14 @@ def encode(options):
 
 def train(options):
     """Train until max_steps and export; a run that has begun goes on. Also under `accelerate launch -m lora_nb train`."""
+    from accelerate import PartialState
+
     from lora_nb.train import train as train_run
 
     config = _config(options)
     done = train_run(config, on_event=training_printer(config.max_steps))
-    print(f"{done.status} at step {done.step}; {done.run_dir.relative_to(project_root())}")
+    if PartialState().is_main_process:
+        print(f"{done.status} at step {done.step}; {from_root(done.run_dir)}")
     if done.export:
         print(done.export)
     return 0 if done.status == "finished" else 130

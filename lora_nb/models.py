@@ -327,7 +327,7 @@ def load_clip(name: str, device="cpu"):
     image_processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     place = str(resolve_path(name)) if resolve_path(name).is_dir() else name
     try:
-        model = transformers.CLIPModel.from_pretrained(place, dtype=torch.float32).eval().to(device)
+        model = transformers.CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True).eval().to(device)
         return model, CLIPTokenizer.from_pretrained(place), image_processor.from_pretrained(place)
     except OSError as error:
         raise UserError(f"The CLIP scorer {name} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
@@ -337,7 +337,7 @@ def load_dino(name: str, device="cpu"):
     """A DINOv2 scorer (model, image processor) from a folder or hub id."""
     place = str(resolve_path(name)) if resolve_path(name).is_dir() else name
     try:
-        model = transformers.Dinov2Model.from_pretrained(place, dtype=torch.float32).eval().to(device)
+        model = transformers.Dinov2Model.from_pretrained(place, dtype=torch.float32, use_safetensors=True).eval().to(device)
         processor = getattr(transformers, "BitImageProcessorPil", transformers.BitImageProcessor)
         return model, processor.from_pretrained(place)
     except OSError as error:

@@ -41,7 +41,8 @@ def training_printer(max_steps: int, every_s: float = 10.0):
         elif isinstance(event, Saved | Validated):
             pass  # their folders are told at the end
         else:
-            others(event)
+            with tqdm.external_write_mode():  # between two states of the bar, not into it
+                others(event)
         if bar is not None and isinstance(event, Stepped) and event.step == max_steps:
             bar.close()
 

@@ -1,0 +1,77 @@
+"""`python -m lora_nb VERB` as it is typed: exit codes, one sentence for what can be mended, never a traceback."""
+
+import errno
+import shutil
+
+import pytest
+import yaml
+
+from lora_nb import __main__ as terminal
+from lora_nb.__main__ import main
+
+
+def typed(make_run, tmp_path, **settings) -> tuple[str, ...]:
+    """The options of a prepared run."""
+    config = make_run(lora_rank=2, max_steps=2, pictures=2, **settings)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump()))
+    return "--preset", "cpu-demo", "--config", str(path)
+
+
+def test_a_run_outside_the_project(make_run, tmp_path, tmp_path_factory, capsys):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    options = typed(make_run, tmp_path, output_dir=str(elsewhere / "outputs"))
+    shutil.copytree(tmp_path / "data", elsewhere / "data")
+    assert main(["encode", *options]) == main(["train", *options]) == 0
+    assert f"finished at step 2; {elsewhere / 'outputs' / 'run'}" in capsys.readouterr().out
+
+
+def test_encode_then_train_then_train_again(make_run, tmp_path, capsys):
+    options = typed(make_run, tmp_path)
+    assert main(["encode", *options]) == main(["train", *options]) == 0
+    assert "finished at step 2; outputs/run" in capsys.readouterr().out
+    assert main(["train", *options]) == 0
+    assert "Going on after step 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"run_name": "absent"}, "run notebook 01 (or `python -m lora_nb validate DIR --output"),
+        ({"max_steps": "many"}, "max_steps"),
+        ({"optimiser": "adamw"}, "did you mean 'optimizer'"),
+        ({"base_model": "nowhere/at/all"}, "check base_model"),
+    ],
+)
+def test_what_can_be_mended_is_one_sentence(make_run, tmp_path, capsys, settings, words):
+    make_run()
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"run_name": "run", "resolution": 64} | settings))
+    assert main(["train", "--preset", "cpu-demo", "--config", str(path)]) == 1
+    told = capsys.readouterr().err.strip()
+    assert words in told and told.startswith("UserError: ") and "\n" not in told
+
+
+def test_wrong_usage_is_two():
+    for words in ([], ["trian"], ["train", "--steps", "3"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+
+
+def test_a_full_disk_is_one_sentence(monkeypatch, capsys):
+    def full(options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(terminal, "doctor", full)
+    assert main(["doctor"]) == 1
+    assert "is full: make room" in capsys.readouterr().err
+
+
+def test_paths_that_were_typed_elsewhere_reach_the_notebooks(project, tmp_path_factory, monkeypatch):
+    here = tmp_path_factory.mktemp("here")
+    (here / "mine.yaml").touch()
+    (project / "data").mkdir()
+    monkeypatch.chdir(here)
+    assert terminal._for_notebooks("mine.yaml") == str(here / "mine.yaml")
+    assert terminal._for_notebooks("data") == "data" and terminal._for_notebooks(None) is None
