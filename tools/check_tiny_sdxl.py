@@ -174,7 +174,8 @@ README = """# A tiny SDXL that follows captions
 
 The classes, file layout and conditioning of stabilityai/stable-diffusion-xl-base-1.0 at 128 px, in fp16: 5.7 M parameters in the UNet,
 1.0 M in the VAE, 0.4 M in the text encoders. It was trained from nothing on drawn scenes (`tools/train_tiny_sdxl.py`), so its
-weights are free of anybody's rights; `../tiny_clip` was trained beside it for the evaluation. Neither has seen the characters.
+weights are free of anybody's rights; `../tiny_clip` was trained beside it for the evaluation. None has seen the characters: the UNet and
+its text encoders only base scenes, without their kinds of hat, pattern and beard; the VAE and the CLIP all shapes, in other combinations and colours.
 `tools/check_tiny_sdxl.py` measured:
 
 """
