@@ -67,7 +67,7 @@ def measure(config_path, steps: int) -> None:
     from lora_nb.__main__ import main as command
 
     def end(clock):
-        common.print_and_leave({"start_s": clock.times[0] - began, "ms": clock.ms_a_step(WARM), "peak_mb": peak_mb()})
+        common.print_and_leave({"start_s": clock.times[0] - began, "start_cpu_s": clock.cpu[0], **clock.ms_a_step(WARM), "peak_mb": peak_mb()})
 
     clock = common.StepClock(steps, end)
     code = command(["train", "--preset", "cpu-demo", "--config", config_path])
@@ -109,9 +109,10 @@ def main() -> int:
     for count, found in results.items():
         columns = {name: [one[name] for one in found] for name in found[0]}
         medians[count] = {name: median(values) for name, values in columns.items()}
-        rows.append([f"{count:,}", common.spread(columns["start_s"], 2), common.spread(columns["ms"]), common.spread(columns["peak_mb"], 0)])
+        digits = {"start_s": 2, "start_cpu_s": 2, "ms": 1, "cpu_ms": 1, "peak_mb": 0}
+        rows.append([f"{count:,}", *(common.spread(columns[name], places) for name, places in digits.items())])
     print(f"\n{common.machine()}\n")
-    print(common.table(("pictures", "s to the first step, median (range)", "ms a step after", "peak MB"), rows) + "\n")
+    print(common.table(("pictures", "s to the first step, median (range)", "processor s", "ms a step after", "processor ms", "peak MB"), rows) + "\n")
     small, large = (medians[count] for count in options.counts)
     return common.verdict({
         f"start within {WITHIN} times": large["start_s"] <= WITHIN * small["start_s"],
