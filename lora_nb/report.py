@@ -82,7 +82,7 @@ class Table:
         if not self.all_rows:
             return "(nothing)"
         columns = list(zip(self.headings, *self.rows, strict=True))
-        widths = [min(70, max(map(len, column))) for column in columns]
+        widths = [min(70, max(1, *map(len, column))) for column in columns]  # a column may be empty
         lines = []
         for row in (self.headings, tuple("-" * width for width in widths), *self.rows):
             cells = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
