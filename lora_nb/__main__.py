@@ -39,6 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     verbs.add_parser("validate", help="find everything that is wrong with a data set (validate --help)", add_help=False)
     _verb(verbs, "encode", encode, "latents and text embeddings to disk (notebook 02)", settings=True)
+    one = _verb(verbs, "forecast", forecast, "memory, hours and price of a training, before it begins", settings=True)
+    one.add_argument("--gpu", default="", metavar="NAME", help="another GPU than this machine has (RTX4090, T4, ...); --preset auto is then the one for it")
+    one.add_argument("--price", type=float, default=0.0, metavar="AN_HOUR", help="what the GPU costs an hour")
+    one.add_argument("--measure", action="store_true", help="take some real steps on this machine first (needs notebook 01)")
     _verb(verbs, "train", train, "train, or go on training (notebook 03)", settings=True)
 
     one = _verb(verbs, "evaluate", evaluate, "which checkpoint, at what strength, and why (notebook 04)")
@@ -133,6 +137,17 @@ def encode(options):
         device=models.default_device(), on_event=printer(),
     )  # fmt: skip
     print(f"{done.latents_made} latents and {done.embeddings_made} embeddings made, {done.latents_found + done.embeddings_found} were there; {done.bytes / 2**20:.1f} MiB, {done.seconds:.0f} s")
+
+
+def forecast(options):
+    """What a training will need: peak memory by what holds it, arithmetic, time and price, each with how it is known."""
+    from lora_nb.budget import forecast as make_forecast
+    from lora_nb.budget import preset_of
+
+    if options.gpu and options.preset == "auto":
+        options.preset = preset_of(options.gpu)
+        print(f"preset {options.preset}")
+    print(make_forecast(_config(options), options.gpu, options.price, options.measure))
 
 
 def train(options):
