@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from lora_nb.errors import UserError
 from lora_nb.files import project_root, write_atomic
+from lora_nb.plan import replace_trigger
 
 PRESETS = Path(__file__).parent / "presets"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -98,6 +99,8 @@ class Config(BaseModel):
     loss_type: Literal["l2", "huber"] = setting("l2", "huber forgives outliers among the pictures")
     huber_c: float = setting(0.1, "where Huber's loss turns from square to linear", gt=0)
     noise_offset: float = setting(0.0, "0.05 helps very dark and very bright pictures", ge=0, le=1)
+    preservation_weight: float = setting(0.0, "holds prompts without the trigger to what the base draws: 1.0 leaks far less, for about twice the time", ge=0, le=100)
+    class_word: str = setting("man", "what the trigger is one of; preservation says it in the trigger's place", min_length=1)
     caption_dropout: float = setting(0.05, "share of draws with an empty caption: keeps guidance working", ge=0, le=1)
 
     save_every: int = setting(50, "steps between checkpoints; each holds LoRA and optimizer", ge=1)
@@ -155,6 +158,11 @@ class Config(BaseModel):
     def prompts(self) -> list[str]:
         """What validation draws, with the trigger token in the place of {trigger}."""
         return [prompt.replace("{trigger}", self.trigger_token) for prompt in self.validation_prompts] or [self.trigger_token]
+
+    def about_anybody(self, caption: str) -> str:
+        """A caption with the class word in the trigger's place; without the trigger as it was."""
+        called = self.trigger_token and self.trigger_token.lower() in caption.lower()
+        return replace_trigger(caption, self.trigger_token, self.class_word) if called else caption
 
     @property
     def text_encoder_learning_rates(self) -> tuple[float, float]:
@@ -257,6 +265,8 @@ def build(values: dict, reasons: dict | None = None, where: str = "the settings"
             {config.precision, config.mixed_precision} == {"fp16", "bf16"},
         f"lr_warmup_steps {config.lr_warmup_steps} is not below max_steps {config.max_steps}: the rate would never be reached":
             config.lr_scheduler != "constant" and config.lr_warmup_steps >= config.max_steps,
+        "preservation_weight needs text encoders that stay as they are: set train_text_encoder: false, or preservation_weight: 0":
+            config.preservation_weight > 0 and config.train_text_encoder,
         "prodigy knows one learning rate: set text_encoder_learning_rate and text_encoder_2_learning_rate to that of learning_rate, or to 0":
             config.optimizer == "prodigy" and not {0.0, *config.text_encoder_learning_rates} <= {0.0, config.learning_rate},
     }  # fmt: skip

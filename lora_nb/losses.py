@@ -2,7 +2,7 @@
 
 import torch
 
-from lora_nb.models import compute_snr
+from lora_nb.models import compute_snr, without_lora
 
 
 def sample_posterior(posterior, noise):
@@ -29,18 +29,38 @@ def diffusion_loss(
     latents, noise: [B, C, h, w], scaled; timesteps: int64 [B]; prompt_embeds: [B, 77, D]; pooled_prompt_embeds: [B, P];
     time_ids: [B, 6]. What is predicted (epsilon, v or sample) follows from the scheduler's config.
     """
-    dtype = unet.conv_in.weight.dtype
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
-    added = {"text_embeds": pooled_prompt_embeds.to(dtype), "time_ids": time_ids}
-    prediction = unet(
-        noisy.to(dtype), timesteps, prompt_embeds.to(dtype), return_dict=False,
-        added_cond_kwargs=added if unet.config.addition_embed_type == "text_time" else None,
-    )[0].float()  # fmt: skip
+    prediction = predict(unet, noisy, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids)
     target = _target(noise_scheduler, latents, noise, timesteps).float()
     error = (prediction - target).square()
     if loss_type == "huber":
         error = 2 * huber_c * ((error + huber_c**2).sqrt() - huber_c)
     return error.mean(dim=(1, 2, 3)) * timestep_weights(noise_scheduler, timesteps, snr_gamma, debiased)
+
+
+def preservation_loss(
+    unet, noise_scheduler, latents, noise, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids, *, snr_gamma=5.0, debiased=False,
+):  # fmt: skip
+    """How far the LoRA moves the base's own answer to prompts that do not call the character, float32 [B].
+
+    The same shapes as `diffusion_loss`; the target is what the UNet says without its LoRA. ai-toolkit calls this
+    differential output preservation.
+    """
+    inputs = noise_scheduler.add_noise(latents, noise, timesteps), timesteps, prompt_embeds, pooled_prompt_embeds, time_ids
+    with torch.no_grad(), without_lora(unet):
+        target = predict(unet, *inputs)
+    error = (predict(unet, *inputs) - target).square()
+    return error.mean(dim=(1, 2, 3)) * timestep_weights(noise_scheduler, timesteps, snr_gamma, debiased)
+
+
+def predict(unet, noisy, timesteps, prompt_embeds, pooled_prompt_embeds, time_ids):
+    """The UNet's answer to noised latents, float32 [B, C, h, w]."""
+    dtype = unet.conv_in.weight.dtype
+    added = {"text_embeds": pooled_prompt_embeds.to(dtype), "time_ids": time_ids}
+    return unet(
+        noisy.to(dtype), timesteps, prompt_embeds.to(dtype), return_dict=False,
+        added_cond_kwargs=added if unet.config.addition_embed_type == "text_time" else None,
+    )[0].float()  # fmt: skip
 
 
 def timestep_weights(noise_scheduler, timesteps, snr_gamma=5.0, debiased=False):

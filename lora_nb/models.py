@@ -6,6 +6,7 @@ Nothing here knows a configuration, and nothing assumes SDXL's sizes: they are r
 import json
 import math
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -158,6 +159,16 @@ def add_lora(model, rank: int, alpha: float, targets, dropout: float = 0.0, rslo
             drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
             parameter.data.copy_(drawn)
     return [parameter for _, parameter in trainable]
+
+
+@contextmanager
+def without_lora(model):
+    """The base alone for a while: the adapter stays, and is passed by."""
+    model.disable_adapters()
+    try:
+        yield model
+    finally:
+        model.enable_adapters()
 
 
 def lora_state_dict(model) -> dict[str, torch.Tensor]:

@@ -184,7 +184,7 @@ def _tokens(encoder):
 def _pictures(config: Config) -> list:
     width, height = max(buckets(config.resolution, square=not config.buckets), key=prod)
     return [
-        SimpleNamespace(image_path=f"{n}.png", caption="made up", bucket=(width, height), original_size=(height, width),
+        SimpleNamespace(image_path=f"{n}.png", caption=config.trigger_token, bucket=(width, height), original_size=(height, width),
                         crop_top_left=(0, 0), target_size=(height, width))
         for n in range(config.batch_size * config.gradient_accumulation_steps)
     ]  # fmt: skip

@@ -6,7 +6,7 @@ from lora_nb import models
 from lora_nb.draws import Draw, draw, generator_of
 from lora_nb.errors import UserError
 from lora_nb.job import Job
-from lora_nb.losses import diffusion_loss, sample_posterior, scale_latents
+from lora_nb.losses import diffusion_loss, preservation_loss, sample_posterior, scale_latents
 
 
 def draws_at(job: Job, step: int) -> list[Draw]:
@@ -46,15 +46,23 @@ def losses_of(job: Job, group: list[Draw], train_text: bool = False) -> torch.Te
     posterior = torch.stack([job.source.latents(sample, one.flip) for one, sample in zip(group, samples, strict=True)])
     latents = sample_posterior(posterior.to(device), torch.stack([one.posterior_noise for one in group]).to(device))
     ids = [models.time_ids(s.original_size, s.crop_top_left, s.target_size) for s in samples]
+    noised = (
+        scale_latents(latents, job.vae_config), torch.stack([one.noise for one in group]).to(device),
+        torch.tensor([one.timestep for one in group], device=device),
+    )  # fmt: skip
+    time_ids, weighting = torch.tensor(ids, dtype=torch.float32, device=device), {"snr_gamma": config.snr_gamma, "debiased": config.debiased_estimation}
     with job.autocast():
-        prompt_embeds, pooled_prompt_embeds = _text_of(job, captions, train_text)
-        return diffusion_loss(
-            job.unet, job.noise_scheduler, scale_latents(latents, job.vae_config),
-            torch.stack([one.noise for one in group]).to(device),
-            torch.tensor([one.timestep for one in group], device=device),
-            prompt_embeds, pooled_prompt_embeds, torch.tensor(ids, dtype=torch.float32, device=device),
-            snr_gamma=config.snr_gamma, debiased=config.debiased_estimation, loss_type=config.loss_type, huber_c=config.huber_c,
+        losses = diffusion_loss(
+            job.unet, job.noise_scheduler, *noised, *_text_of(job, captions, train_text), time_ids,
+            loss_type=config.loss_type, huber_c=config.huber_c, **weighting,
         )  # fmt: skip
+        anybody = [config.about_anybody(sample.caption) for sample in samples]
+        rows = [row for row, sample in enumerate(samples) if config.preservation_weight and anybody[row] != sample.caption]
+        if rows:
+            text = _text_of(job, [anybody[row] for row in rows], False)
+            kept = preservation_loss(job.unet, job.noise_scheduler, *(part[rows] for part in noised), *text, time_ids[rows], **weighting)
+            losses = losses.index_add(0, torch.tensor(rows, device=device), kept, alpha=config.preservation_weight)
+    return losses
 
 
 def _text_of(job, captions, train_text):

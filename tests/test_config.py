@@ -82,6 +82,7 @@ def test_saved_config_is_read_back_with_its_reasons(tmp_path):
         ({"max_steps": True}, ["max_steps", "True"]),
         ({"base_model": ""}, ["base_model", "at least 1"]),
         ({"text_encoder_stop_step": 0}, ["text_encoder_stop_step", "greater"]),
+        ({"preservation_weight": 1.0, "train_text_encoder": True}, ["preservation_weight", "train_text_encoder: false"]),
         ({"optimizer": "prodigy", "train_text_encoder": True}, ["prodigy", "text_encoder_learning_rate", "or to 0"]),
     ],
 )
@@ -100,6 +101,13 @@ def test_what_yaml_makes_of_words_and_numbers(tmp_path):
     path.write_text("1: 2\n")
     with pytest.raises(UserError, match="no setting '1'"):
         load_config("gpu-16gb", path)
+
+
+def test_captions_about_anybody():
+    config = build({"trigger_token": "hero", "class_word": "elf"})
+    assert config.about_anybody("Hero, smiling") == "an elf, smiling"
+    assert config.about_anybody(" nobody , is  called ") == " nobody , is  called "
+    assert build({"trigger_token": ""}).about_anybody("a man") == "a man"
 
 
 def test_prodigy_has_one_rate_for_all():

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from torch.nn import functional
 
 from lora_nb import models
-from lora_nb.losses import diffusion_loss, sample_posterior, scale_latents, timestep_weights
+from lora_nb.losses import diffusion_loss, preservation_loss, sample_posterior, scale_latents, timestep_weights
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -47,6 +47,27 @@ def test_loss_is_the_reference(pipeline, prediction_type, loss_type):
         snr = alpha / (1 - alpha)
         divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
         assert torch.allclose(ours[n], plain * min(snr, torch.tensor(5.0)) / divisor, rtol=1e-4, atol=1e-6)
+
+
+def test_preservation_is_the_distance_from_the_base(tiny_base, pipeline):
+    scheduler, inputs = DDPMScheduler(**BETAS), batch(pipeline)
+    unet = models.load_part(str(tiny_base), "unet")
+    trainable = models.add_lora(unet, 4, 4, "attention")
+    noisy = scheduler.add_noise(*inputs[:3])
+    added = {"text_embeds": inputs[4], "time_ids": inputs[5]}
+
+    def answer(model):
+        with torch.no_grad():
+            return model(noisy, inputs[2], inputs[3], added_cond_kwargs=added).sample
+
+    assert preservation_loss(unet, scheduler, *inputs).abs().max() < 1e-10  # a new LoRA changes nothing
+    for parameter in trainable:
+        parameter.data += 0.05
+    moved = preservation_loss(unet, scheduler, *inputs, snr_gamma=None)
+    expected = (answer(unet) - answer(pipeline.unet)).square().mean((1, 2, 3))
+    assert torch.allclose(moved, expected, rtol=1e-3) and expected.min() > 1e-6
+    moved.sum().backward()
+    assert all(parameter.requires_grad and parameter.grad.abs().sum() > 0 for parameter in trainable)
 
 
 def test_weights():

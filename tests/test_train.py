@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import build_tiny_sdxl
 from safetensors.torch import load_file
 
@@ -19,10 +20,12 @@ from lora_nb import step as step_module
 from lora_nb import train as train_module
 from lora_nb.checkpoint import LORA, OPTIMIZER, latest_checkpoint
 from lora_nb.errors import UserError
-from lora_nb.events import Notice, Saved, Stepped, Validated
+from lora_nb.events import Notice, Saved, Stepped, Validated, ignore
+from lora_nb.job import prepare
+from lora_nb.losses import preservation_loss
 from lora_nb.manifest import PLAIN
 from lora_nb.runlog import read_metrics, read_status
-from lora_nb.train import train
+from lora_nb.train import resume, train
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +98,7 @@ def test_resume_is_exact_at_every_step(make_run):
     assert [row["step"] for row in read_metrics(whole.run_dir)] == [5, 10, 12]
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "adafactor"}, {"use_8bit_adam": True}, {"train_text_encoder": True, "text_encoder_stop_step": 5}, {"precision": "nf4"}])
+@pytest.mark.parametrize("settings", [{"optimizer": "adafactor"}, {"use_8bit_adam": True}, {"train_text_encoder": True, "text_encoder_stop_step": 5}, {"precision": "nf4"}, {"preservation_weight": 1.0, "trigger_token": "hero"}])
 def test_resume_is_exact_with(make_run, settings):
     runs = []
     for name in ("whole", "split"):
@@ -517,3 +520,24 @@ def test_sizes_that_a_run_needs(make_run):
     run = train(config)
     written = sum(file.stat().st_size for path in run.checkpoints for file in path.glob("*.safetensors"))
     assert 0.6 * forecast < written < forecast
+
+
+def test_preservation_holds_prompts_about_anybody(make_run):
+    """After the same steps the UNet's answer to "a man" has moved less from the base's."""
+    moved, text = {}, None
+    for weight in (4.0, 0.0):
+        config = make_run(run_name=f"weight{weight:g}", preservation_weight=weight, trigger_token="hero", max_steps=12, caption_dropout=0.0)
+        encode(config)
+        train(config)
+        job = prepare(config, Accelerator(mixed_precision="no"))
+        resume(job, ignore)
+        group = step_module.micro_batches(job, step_module.draws_at(job, 50))[0]
+        captions = [config.about_anybody(job.samples[one.index].caption) for one in group]
+        text = text or [job.source.embeddings(caption) for caption in captions]  # which the first run has put into its cache
+        noise, timesteps = torch.stack([one.noise for one in group]), torch.tensor([one.timestep for one in group])
+        with torch.no_grad():
+            moved[weight] = preservation_loss(
+                job.unet, job.noise_scheduler, noise.flip(0), noise, timesteps, *map(torch.stack, zip(*text, strict=True)), torch.zeros(len(group), 6)
+            ).mean().item()
+    assert captions[0].startswith("a man, number ")
+    assert 0 < moved[4.0] < 0.7 * moved[0.0]
