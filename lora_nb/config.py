@@ -100,7 +100,7 @@ class Config(BaseModel):
     huber_c: float = setting(0.1, "where Huber's loss turns from square to linear", gt=0)
     noise_offset: float = setting(0.0, "0.05 helps very dark and very bright pictures", ge=0, le=1)
     preservation_weight: float = setting(0.0, "holds prompts without the trigger to what the base draws: 1.0 leaks far less, for about twice the time", ge=0, le=100)
-    class_word: str = setting("man", "what the trigger is one of; preservation says it in the trigger's place", min_length=1)
+    class_word: str = setting("man", "what the trigger is one of (woman, cat): stands in its place for preservation, and in notebook 04", min_length=1)
     caption_dropout: float = setting(0.05, "share of draws with an empty caption: keeps guidance working", ge=0, le=1)
 
     save_every: int = setting(50, "steps between checkpoints; each holds LoRA and optimizer", ge=1)

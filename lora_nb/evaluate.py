@@ -189,12 +189,13 @@ class Evaluation:
 
 
 def open_evaluation(
-    run_dir, *, prompts=(), quiet_prompts=(), num_prompts=6, seeds=(42, 123), class_word="man", checkpoints=0, scorer=None, dino=None,
+    run_dir, *, prompts=(), quiet_prompts=(), num_prompts=6, seeds=(42, 123), class_word=None, checkpoints=0, scorer=None, dino=None,
     steps=None, device=None, batch_size=None, losses=True, on_event=ignore,
 ) -> Evaluation:  # fmt: skip
     """Put the run in `run_dir` on the bench; nothing is drawn yet.
 
-    checkpoints: how many of them, evenly spread with the last among them; 0 takes all. scorer: a CLIP's name; None takes
+    class_word: what stands for the trigger in prompts without it; None takes the run's. checkpoints: how many of them, evenly
+    spread with the last among them; 0 takes all. scorer: a CLIP's name; None takes
     the tiny one for models that draw it, else OpenAI's largest. dino: a DINOv2's name, to see identity through it.
     steps: denoising steps, None as in validation. batch_size: pictures at once, None takes 8 small ones or 1 large, which fits
     wherever the run was trained. losses: measure the loss grid too. Raises UserError.
@@ -210,7 +211,7 @@ def open_evaluation(
         on_event(Notice("Fewer than two pictures are held out, so likeness is measured against the training pictures, which flatters a LoRA that copies: keep some out."))  # fmt: skip
     plan = make_plan(
         config.trigger_token, train, held_out, prompts=prompts, quiet_prompts=quiet_prompts, number=num_prompts, seeds=seeds,
-        class_word=class_word,
+        class_word=class_word or config.class_word,
     )  # fmt: skip
     painter = Painter(
         config.base_model, run_dir / FOLDER / "pictures", height=config.resolution, width=config.resolution, vae_model=config.vae_model,
