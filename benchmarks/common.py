@@ -34,11 +34,13 @@ def prepare_run(config, on_event=print) -> None:
     from lora_nb import cache
     from lora_nb.config import resolve_path
     from lora_nb.dataset import preprocess, scan, validate
-    from lora_nb.manifest import best_manifest
+    from lora_nb.manifest import best_manifest, read_manifest
 
     report = validate(scan(resolve_path(config.dataset_path)), config.resolution, config.trigger_token, square=not config.buckets)
     preprocess(report.write(config.run_dir))
-    cache.encode(best_manifest(config.run_dir), config.base_model, config.vae_model, prompts=config.prompts)
+    manifest = read_manifest(best_manifest(config.run_dir))
+    captions = config.captions_beside(sample.caption for sample in manifest.samples)
+    cache.encode(best_manifest(config.run_dir), config.base_model, config.vae_model, captions=captions)
 
 
 def measured_in_a_fresh_process(script, *arguments) -> dict:

@@ -3,8 +3,8 @@
     python benchmarks/cpu_step.py
     python benchmarks/cpu_step.py --diffusers-script train_text_to_image_lora_sdxl.py
 
-The first compares our whole loop (settings of the preset cpu-demo with its log and checkpoints, but without validation
-pictures) with a bare loop: the same UNet, LoRA, loss and optimizer over tensors in memory, no checks, no files. Both
+The first compares our whole loop (settings of the preset cpu-demo with its log and checkpoints, but without validation pictures and
+preservation) with a bare loop: the same UNet, LoRA, loss and optimizer over tensors in memory, no checks, no files. Both
 live in one process and take turns, block by block, so that a machine that slows down slows both.
 
 The second adds diffusers' example script on the same model, pictures and settings. It is not part of this project:
@@ -202,7 +202,7 @@ def main() -> int:
         return measure(options)
     checks = {}
     with common.workplace() as root:
-        config = load_config("cpu-demo", run_name="step", validate_every=None)
+        config = load_config("cpu-demo", run_name="step", validate_every=None, preservation_weight=0.0)
         common.prepare_run(config)
         times = against_bare(config, options.blocks, options.block)
         table, speed = compared("bare loop, tensors in memory", times["bare"], "our loop: checks, cache, log, checkpoints", times["ours"])
@@ -210,7 +210,7 @@ def main() -> int:
         print(f"{common.machine()}\n\n{table}\n", flush=True)
         if options.diffusers_script:
             config = load_config(
-                "cpu-demo", run_name="script", validate_every=None, lora_target_modules="attention", buckets=False,
+                "cpu-demo", run_name="script", validate_every=None, preservation_weight=0.0, lora_target_modules="attention", buckets=False,
                 save_every=10**6,
             )  # fmt: skip
             common.prepare_run(config)

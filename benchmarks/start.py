@@ -47,6 +47,9 @@ def enlarge(config, count: int) -> None:
         os.link(originals / f"{number % len(few)}{suffix}", originals / names["image_path"])
         for field in ("processed_path", "latent_path", "embedding_path"):
             os.link(folder / getattr(like, field), folder / names[field])
+        if config.preservation_weight:
+            anybody = [cache.embedding_key(config.about_anybody(text), weights) for text in (like.caption, caption)]
+            os.link(*(folder / cache.EMBEDDINGS / f"{key}.safetensors" for key in anybody))
         large.append(like.model_copy(update=names | {"caption": caption}))
 
     def write(name, samples, **settings):

@@ -129,11 +129,13 @@ def show_results(run_dir):
 def encode(options):
     """Encode the pictures and captions of the run's manifest; what is there already stays."""
     from lora_nb import cache, models
-    from lora_nb.manifest import best_manifest
+    from lora_nb.manifest import best_manifest, read_manifest
 
     config = _config(options)
+    path = best_manifest(config.run_dir)
+    captions = config.captions_beside(sample.caption for sample in read_manifest(path).samples)
     done = cache.encode(
-        best_manifest(config.run_dir), config.base_model, config.vae_model, prompts=config.prompts, random_flip=config.random_flip,
+        path, config.base_model, config.vae_model, captions=captions, random_flip=config.random_flip,
         device=models.default_device(), on_event=printer(),
     )  # fmt: skip
     print(f"{done.latents_made} latents and {done.embeddings_made} embeddings made, {done.latents_found + done.embeddings_found} were there; {done.bytes / 2**20:.1f} MiB, {done.seconds:.0f} s")

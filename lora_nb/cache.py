@@ -118,10 +118,10 @@ def _flipped(path: str) -> str:
 
 
 def encode(
-    manifest_path, base_model: str, vae_model: str | None = None, *, prompts=(), random_flip=False,
+    manifest_path, base_model: str, vae_model: str | None = None, *, captions=(), random_flip=False,
     dtype=torch.float32, device="cpu", on_event=ignore,
 ) -> Encoded:  # fmt: skip
-    """Encode every picture and caption of a manifest, `prompts` and the empty caption; what is there already stays.
+    """Encode every picture and caption of a manifest, more `captions` and the empty one; what is there already stays.
 
     The VAE runs in float32 (SDXL's overflows in fp16), text encoders in `dtype`; each is loaded only if something is
     to do, and one at a time. Writes dataset_manifest_with_latents.json beside the manifest.
@@ -130,7 +130,7 @@ def encode(
     manifest, weights = read_manifest(source), weights_of(base_model, vae_model)
     folder = manifest.folder
     latent_paths, made = _encode_pictures(manifest, base_model, vae_model, weights, random_flip, device, on_event)
-    captions = list(dict.fromkeys(["", *(sample.caption for sample in manifest.samples), *prompts]))
+    captions = list(dict.fromkeys(["", *(sample.caption for sample in manifest.samples), *captions]))
     embeddings_made = encode_captions(folder, captions, base_model, weights, dtype, device, on_event)
 
     samples = [

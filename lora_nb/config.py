@@ -164,6 +164,12 @@ class Config(BaseModel):
         called = self.trigger_token and self.trigger_token.lower() in caption.lower()
         return replace_trigger(caption, self.trigger_token, self.class_word) if called else caption
 
+    def captions_beside(self, captions) -> list[str]:
+        """What training asks the text encoders for beside the data set's `captions`: validation's prompts, and with
+        preservation the captions about anybody."""
+        anybody = map(self.about_anybody, captions) if self.preservation_weight else ()
+        return list(dict.fromkeys([self.validation_negative_prompt, *self.prompts, *anybody]))
+
     @property
     def text_encoder_learning_rates(self) -> tuple[float, float]:
         """Of encoder 1 and 2; 0 means not trained."""

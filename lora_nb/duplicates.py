@@ -108,9 +108,12 @@ class TwinSearch:
         """Each pair of twins once, in the order of the pictures."""
         best = {}
         there = np.flatnonzero(self.present)
-        for mirrored in (False, True):
-            for a, window, b in _candidates(self.windows[there], self.asked[int(mirrored)][there]):
-                self._compare(int(there[a]), window, int(there[b]), mirrored, best)
+        a, window, asking = _candidates(self.windows[there], self.asked[:, there])
+        mirrored, b = np.divmod(asking, max(1, len(there)))
+        a, b = there[a], there[b]
+        hopeful = _hopeful(self.grey, a, window, b, mirrored)
+        for one in zip(*(column[hopeful].tolist() for column in (a, window, b, mirrored)), strict=True):
+            self._compare(*one, best)
         return [best[pair] for pair in sorted(best)]
 
     def _compare(self, a, window, b, mirrored, best):
@@ -124,63 +127,91 @@ class TwinSearch:
 
 
 def _candidates(windows: np.ndarray, asked: np.ndarray):
-    """(a, window, b): for every b the CHECKED pictures a with a window whose hash is nearest to asked[b].
+    """(a, window, question) as arrays: for every question the CHECKED pictures a with a window whose hash is nearest.
 
-    windows: uint64 [N, W]; asked: uint64 [N]. Each table files all windows under some of the 64 bits, drawn by chance:
-    as many as leave a dozen entries to a bucket. In a small set nothing is missed; among 20,000 pictures 18 bits are
-    compared, and hashes 6 bits apart meet in one of 12 tables with 80 %. A picture has many windows that may meet.
+    windows: uint64 [N, W]; asked: uint64 [2, N], the pictures and their mirror images; question: a place in it, flat.
+    Each table files all windows under some of the 64 bits, drawn by chance: as many as leave a dozen entries to a
+    bucket. In a small set nothing is missed; among 20,000 pictures 18 bits are compared, and hashes 6 bits apart meet
+    in one of 12 tables with 80 %. A picture has many windows that may meet.
     """
     count, width = windows.shape
     key_bits = min(18, max(6, round(math.log2(max(1, count * width / 12)))))
     random = np.random.default_rng(0)
-    flat, near = windows.ravel(), []
+    flat, questions, found = windows.ravel(), asked.ravel(), [np.zeros((3, 0), np.int32)]
     for _ in range(TABLES if count > 1 else 0):
         bits = random.choice(64, key_bits, replace=False)
-        b, entry = _same_bucket(_key(flat, bits), _key(asked, bits), width)
-        distance = _bits_set(flat[entry] ^ asked[b])
-        keep = (distance <= MAX_BITS) & (entry // width != b)
-        near.append(np.stack([b[keep], distance[keep], entry[keep]]))
-    if not near:
-        return
-    asking, distance, entries = np.concatenate(near, axis=1)
+        asking, entry = _same_bucket(_key(flat, bits), _key(questions, bits), width)
+        distance = np.bitwise_count(flat[entry] ^ questions[asking])
+        near = (distance <= MAX_BITS) & (entry // width != asking % count)
+        found.append(np.stack([asking[near], distance[near], entry[near]]).astype(np.int32))
+    asking, distance, entries = np.concatenate(found, axis=1)
     order = np.lexsort((entries, distance, asking))
-    taken, last = set(), None
-    for b, entry in zip(asking[order].tolist(), entries[order].tolist(), strict=True):
-        if b != last:
-            taken, last = set(), b
-        if entry // width not in taken and len(taken) < CHECKED:
-            taken.add(entry // width)
-            yield entry // width, entry % width, b
+    asking, entries = asking[order], entries[order]
+    nearest = np.sort(np.unique(asking.astype(np.int64) * count + entries // width, return_index=True)[1])  # one window a picture
+    asking, entries = asking[nearest], entries[nearest]
+    few = np.arange(len(asking)) - np.searchsorted(asking, asking) < CHECKED
+    return entries[few] // width, entries[few] % width, asking[few]
 
 
 def _key(hashes, bits):
-    keys = np.zeros(len(hashes), np.int64)
+    keys, one = np.zeros(len(hashes), np.uint64), np.empty(len(hashes), np.uint64)
     for bit in bits:
-        keys = keys << 1 | ((hashes >> np.uint64(bit)) & np.uint64(1)).astype(np.int64)
-    return keys
+        np.right_shift(hashes, np.uint64(bit), out=one)  # in place: millions of windows
+        one &= np.uint64(1)
+        keys <<= np.uint64(1)
+        keys |= one
+    return keys.view(np.int64)
 
 
 def _same_bucket(keys, questions, width):
-    """(asking picture, entry) for up to BUCKET entries with the question's key, those of nearby files first."""
-    count = len(questions)
-    order = np.argsort(keys, kind="stable")  # so within a bucket entries are in the order of the pictures
-    filed = keys[order] * count + order // width
-    here = questions * count + np.arange(count)
-    first, last = np.searchsorted(filed, questions * count), np.searchsorted(filed, (questions + 1) * count)
+    """(question, entry) for up to BUCKET entries with the question's key, those of nearby files first.
+
+    Key and entry in one number: sorted, a bucket's entries lie together in the order of the pictures. Overwrites `keys`.
+    """
+    count, shift = len(keys) // width, len(keys).bit_length()
+    filed = np.left_shift(keys, shift, out=keys)
+    filed |= np.arange(len(keys))
+    filed.sort()
+    bucket = questions << shift
+    here = bucket + np.arange(len(questions)) % count * width
+    first, last = np.searchsorted(filed, bucket), np.searchsorted(filed, bucket + (1 << shift))
     start = np.clip(np.searchsorted(filed, here) - BUCKET // 2, first, np.maximum(first, last - BUCKET))
     many = np.minimum(last - start, BUCKET)
-    asking = np.repeat(np.arange(count), many)
+    asking = np.repeat(np.arange(len(questions)), many)
     within = np.arange(len(asking)) - np.repeat(np.cumsum(many) - many, many)
-    return asking, order[np.repeat(start, many) + within]
+    return asking, filed[np.repeat(start, many) + within] & ((1 << shift) - 1)
 
 
-def _bits_set(hashes):
-    return np.unpackbits(hashes.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1, dtype=np.int64)
+POINTS = 16  # to a side, of the first look
+
+
+def _hopeful(grey, a, window, b, mirrored) -> np.ndarray:
+    """bool [candidates]: which windows of a look so much like b (or its mirror image) that a closer look is worth it.
+
+    The first look of `_lay_over` at all candidates at once, as among thousands of pictures nearly all end there.
+    """
+    spans = np.stack([_bilinear(*span) for span in SPANS])
+    down, across = np.divmod(window, len(SPANS))
+    hopeful = [np.zeros(0, bool)]
+    for some in np.split(np.arange(len(a)), range(1024, len(a), 1024)):
+        whole = spans[down[some]] @ grey[a[some]].astype(np.float32) @ spans[across[some]].transpose(0, 2, 1)
+        part = spans[0] @ grey[b[some]].astype(np.float32) @ spans[0].T
+        part = np.where(mirrored[some, None, None] == 1, part[:, :, ::-1], part)
+        hopeful.append(np.abs(_standard(whole) - _standard(part)).mean(axis=(-1, -2)) <= HOPELESS)
+    return np.concatenate(hopeful)
+
+
+def _bilinear(start, end) -> np.ndarray:
+    """[POINTS, SIDE]: a span resampled as Pillow's BILINEAR does."""
+    scale = (end - start) * SIDE / POINTS
+    centres = start * SIDE + (np.arange(POINTS) + 0.5) * scale
+    weights = np.maximum(0, 1 - np.abs(np.arange(SIDE) + 0.5 - centres[:, None]) / max(scale, 1))
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _lay_over(whole, box, part) -> tuple[float, tuple]:
     """(the worst patch's difference, the best box): move `box` over `whole` until it shows what `part` shows."""
-    for points, step, finest in ((16, 0.06, 0.012), (48, 0.02, 0.002)):
+    for points, step, finest in ((POINTS, 0.06, 0.012), (48, 0.02, 0.002)):
         target = _normalised(part, (0, 0, 1, 1), points)
         best = np.abs(_normalised(whole, box, points) - target).mean()
         if best > HOPELESS:
@@ -210,8 +241,13 @@ def _moved(box, step):
 
 def _normalised(grey, box, points) -> np.ndarray:
     pixels = grey.resize((points, points), Image.Resampling.BILINEAR, box=tuple(SIDE * edge for edge in box))
-    values = np.asarray(pixels, dtype=np.float32)
-    return (values - values.mean()) / max(float(values.std()), 4.0)
+    return _standard(np.asarray(pixels, dtype=np.float32))
+
+
+def _standard(pixels) -> np.ndarray:
+    """Pictures [..., H, W] with mean 0 and deviation 1; less where there is little to see."""
+    axes = (-1, -2)
+    return (pixels - pixels.mean(axes, keepdims=True)) / np.maximum(pixels.std(axes, keepdims=True), 4.0)
 
 
 def groups(pairs, count: int) -> list[int]:

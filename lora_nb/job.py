@@ -138,9 +138,7 @@ def _open_data(config, accelerator, dtype, on_event):
     if any(sample.latent_path for sample in manifest.samples):
         source = cache.cached_samples(manifest, weights, config.random_flip)
         if not config.train_text_encoder and accelerator.is_main_process:
-            wanted = ["", config.validation_negative_prompt, *config.prompts]
-            if config.preservation_weight:
-                wanted += dict.fromkeys(config.about_anybody(sample.caption) for sample in manifest.train())
+            wanted = list(dict.fromkeys(["", *config.captions_beside(sample.caption for sample in manifest.train())]))
             if made := cache.encode_captions(manifest.folder, wanted, config.base_model, weights, dtype, device, on_event):
                 on_event(Notice(f"{made} new prompts were encoded and added to the cache."))
                 release()

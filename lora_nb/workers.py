@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_LIMIT_S = 120  # importing Pillow and SciPy on a loaded machine
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # there is a worker for every core
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class _Lane(threading.Thread):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # C libraries complain there about damaged pictures
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=os.name == "posix",  # an interrupt is for the parent, which ends its children
         )
         self.deadline = time.monotonic() + START_LIMIT_S

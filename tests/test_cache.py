@@ -26,14 +26,14 @@ def counts(done):
 def test_second_run_encodes_nothing(make_run, monkeypatch):
     config = make_run()
     events = []
-    first = encode(config, prompts=["a prompt"], on_event=events.append)
+    first = encode(config, captions=["a prompt"], on_event=events.append)
     assert counts(first) == (7, 0, 9, 0)  # seven captions, the prompt and the empty caption
     totals = {event.stage: (event.done, event.total) for event in events if isinstance(event, Progress)}
     assert totals == {"latents": (7, 7), "text_embeddings": (9, 9)}
     before = (config.run_dir / WITH_LATENTS).read_bytes()
     for name in ("load_vae", "load_text_encoders"):
         monkeypatch.setattr(models, name, lambda *_, **__: pytest.fail("an encoder was loaded"))
-    assert counts(encode(config, prompts=["a prompt"])) == (0, 7, 0, 9)
+    assert counts(encode(config, captions=["a prompt"])) == (0, 7, 0, 9)
     assert (config.run_dir / WITH_LATENTS).read_bytes() == before
 
 
@@ -210,7 +210,7 @@ def test_overflow_is_named():
 def test_long_captions_are_told(make_run):
     config = make_run(pictures=1)
     events = []
-    encode(config, prompts=["word " * 90], on_event=events.append)
+    encode(config, captions=["word " * 90], on_event=events.append)
     told = [event.message for event in events if isinstance(event, Notice)]
     assert len(told) == 1 and "75 tokens" in told[0]
 

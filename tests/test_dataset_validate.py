@@ -96,8 +96,24 @@ def test_the_search_is_linear_when_all_pictures_are_alike():
     search = duplicates.TwinSearch(1000)
     for index in range(1000):
         search.add(index, signed)
-    found = list(duplicates._candidates(search.windows, search.asked[0]))
-    assert 1000 <= len(found) <= duplicates.CHECKED * 1000
+    _, _, asking = duplicates._candidates(search.windows, search.asked)
+    assert 1000 <= len(asking) <= duplicates.CHECKED * 2000  # each asks upright and mirrored
+
+
+def test_the_first_look_at_all_candidates_is_pillows():
+    """Every window of one picture against crops of it and against another picture, upright and mirrored."""
+    whole = scene(1).convert("L").resize((duplicates.SIDE,) * 2)
+    parts = [whole.crop((0, 26, 38, 64)).resize(whole.size), scene(2).convert("L").resize(whole.size)]
+    grey = np.stack([np.asarray(picture, np.uint8) for picture in (whole, *parts)])
+    window, b, mirrored = (axis.ravel() for axis in np.meshgrid(np.arange(len(duplicates.WINDOWS)), [1, 2], [0, 1]))
+    seen = duplicates._hopeful(grey, np.zeros(len(b), int), window, b, mirrored)
+    agreed = 0
+    for answer, one, place, flip in zip(seen, window, b, mirrored, strict=True):
+        part = ImageOps.mirror(parts[place - 1]) if flip else parts[place - 1]
+        looks = (duplicates._normalised(whole, duplicates.WINDOWS[one], 16), duplicates._normalised(part, (0, 0, 1, 1), 16))
+        difference = np.abs(looks[0] - looks[1]).mean()
+        agreed += answer == (difference <= duplicates.HOPELESS) or abs(difference - duplicates.HOPELESS) < 0.01
+    assert agreed == len(seen) and 0 < seen.sum() < len(seen)
 
 
 def test_a_twin_on_the_other_side_of_the_split_is_told(good):

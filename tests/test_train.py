@@ -23,7 +23,7 @@ from lora_nb.errors import UserError
 from lora_nb.events import Notice, Saved, Stepped, Validated, ignore
 from lora_nb.job import prepare
 from lora_nb.losses import preservation_loss
-from lora_nb.manifest import PLAIN
+from lora_nb.manifest import PLAIN, read_manifest
 from lora_nb.runlog import read_metrics, read_status
 from lora_nb.train import resume, train
 
@@ -65,7 +65,8 @@ def farthest(a, b):
 
 
 def encode(config):
-    cache.encode(config.run_dir / PLAIN, config.base_model, prompts=config.prompts, random_flip=config.random_flip)
+    captions = config.captions_beside(sample.caption for sample in read_manifest(config.run_dir / PLAIN).samples)
+    cache.encode(config.run_dir / PLAIN, config.base_model, captions=captions, random_flip=config.random_flip)
 
 
 # --- exact resume ------------------------------------------------------------------------------------------------
@@ -528,7 +529,9 @@ def test_preservation_holds_prompts_about_anybody(make_run):
     for weight in (4.0, 0.0):
         config = make_run(run_name=f"weight{weight:g}", preservation_weight=weight, trigger_token="hero", max_steps=12, caption_dropout=0.0)
         encode(config)
-        train(config)
+        events = []
+        train(config, events.append)
+        assert not [event for event in events if isinstance(event, Notice) and "were encoded" in event.message]  # notebook 02 made them all
         job = prepare(config, Accelerator(mixed_precision="no"))
         resume(job, ignore)
         group = step_module.micro_batches(job, step_module.draws_at(job, 50))[0]
