@@ -1,6 +1,7 @@
 """How near does notebook 02's encoding come to the VAE's bare forward, and what does a second run cost?
 
     python benchmarks/cpu_encode.py
+    python benchmarks/cpu_encode.py --pictures 100 --resolution 512
 
 500 pictures are generated and go through notebook 01 (checked, cropped to 128 px). Then four ways take turns, in one
 process: the VAE's bare forward over the same pixels, in memory as it wants them; `cache.encode`, which decodes ahead,
@@ -81,10 +82,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--resolution", type=int, default=128)
     options = parser.parse_args()
     count = options.pictures
     with common.workplace() as root:
-        config = load_config("cpu-demo", run_name="encode", dataset_path=str(root / "pictures"))
+        config = load_config("cpu-demo", run_name="encode", dataset_path=str(root / "pictures"), resolution=options.resolution)
         generate(root / "pictures", count)
         preprocess(validate(scan(root / "pictures"), config.resolution, "some_hero").write(config.run_dir))
         manifest = read_manifest(config.run_dir / PROCESSED)

@@ -80,7 +80,8 @@ def encode_image(vae, pixels: np.ndarray, name: str = "a picture") -> torch.Tens
     pixels: uint8 [H, W, 3], sides multiples of the VAE's scale. Returns float32 [2, C, H/8, W/8] on the CPU.
     Raises NonFiniteLatent, which names the picture.
     """
-    image = torch.from_numpy(pixels.copy()).to(vae.device).permute(2, 0, 1)[None].to(vae.dtype) / 127.5 - 1
+    like = next(vae.parameters())  # vae.device and vae.dtype go through all of them
+    image = torch.from_numpy(pixels.copy()).to(like.device).permute(2, 0, 1)[None].to(like.dtype) / 127.5 - 1
     posterior = vae.encode(image).latent_dist
     latents = torch.stack([posterior.mean[0], posterior.logvar[0]]).float().cpu().contiguous()
     if not torch.isfinite(latents).all():

@@ -194,9 +194,7 @@ def encode_again(config):
 
 
 def test_overflow_is_named():
-    class Overflowing(torch.nn.Module):
-        device, dtype = torch.device("cpu"), torch.float32
-
+    class Overflowing(torch.nn.Linear):
         def encode(self, image):
             value = torch.full((1, 4, 2, 2), float("nan"))
             return type("E", (), {"latent_dist": type("D", (), {"mean": value, "logvar": value})})
@@ -204,7 +202,7 @@ def test_overflow_is_named():
     import numpy as np
 
     with pytest.raises(cache.NonFiniteLatent, match="cat.png"):
-        cache.encode_image(Overflowing(), np.zeros((16, 16, 3), np.uint8), "cat.png")
+        cache.encode_image(Overflowing(1, 1), np.zeros((16, 16, 3), np.uint8), "cat.png")
 
 
 def test_long_captions_are_told(make_run):
