@@ -54,10 +54,12 @@ def read_bytes(path) -> bytes:
     return data
 
 
-def decode(data: bytes) -> tuple[Image.Image, dict, list[tuple[str, dict]]]:
+def decode(data: bytes, brightness: bool = False) -> tuple[Image.Image, dict, list[tuple[str, dict]]]:
     """Every pixel of one picture: (upright sRGB image, facts, notices).
 
     facts: format, mode. notices: (code, facts) of what was done to get there.
+    brightness: where the format has it apart from the colours, a JPEG's, it is enough: mode L, in little more than half
+    the time. Every byte is read all the same.
     Raises BadPicture, whatever the decoder raised.
     """
     Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, before a pixel is decoded
@@ -73,9 +75,12 @@ def decode(data: bytes) -> tuple[Image.Image, dict, list[tuple[str, dict]]]:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones put a preview or a depth map behind the photograph
             raise BadPicture("several-frames", frames=frames)
+        brightness = brightness and image.format == "JPEG" and image.mode == "RGB" and "icc_profile" not in image.info
+        if brightness:
+            image.draft("L", image.size)
         image.load()
         image = _upright(image, notices)
-        return _to_srgb(image, notices), facts, notices
+        return image if brightness else _to_srgb(image, notices), facts, notices
     except BadPicture:
         raise
     except Exception as error:
@@ -204,7 +209,7 @@ def inspect(job: dict) -> dict:
         data = read_bytes(job["path"])
         found["sha256"] = hashlib.sha256(data).hexdigest()
         found["file_bytes"] = len(data)
-        image, facts, notices = decode(data)
+        image, facts, notices = decode(data, brightness=True)
     except BadPicture as bad:
         found["bad"] = [bad.code, bad.facts]
         return found

@@ -4,11 +4,13 @@ import os
 import sys
 
 import damage
+import numpy as np
 import pytest
 from damage import CAPTIONS, NAMES, PICTURES, RESOLUTION, TRIGGER, encoded, scene, write_pair
 
 from lora_nb.dataset import preprocess, read_manifest, scan, validate
 from lora_nb.findings import CODES
+from lora_nb.images import BadPicture, decode
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="names and pipes that Windows does not have")
 
@@ -97,3 +99,27 @@ def test_report_manifest_and_pictures_come_out_of_it(spoiled, tmp_path):
     assert {sample.image_path for sample in manifest.samples} == {picture.image_path for picture in report.usable}
     processed = preprocess(manifest, workers=2)
     assert all(processed.path_of(sample.processed_path).is_file() for sample in processed.samples)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"keep_rgb": True}])
+def test_brightness_alone_finds_the_same_damage(options):
+    """Validation reads of a JPEG only the brightness: what is broken is broken there too, and the picture is the same."""
+    whole, random = encoded(scene(1), "JPEG", **options), np.random.default_rng(0)
+    luma, colours = decode(whole, brightness=True)[0], decode(whole)[0].convert("L")
+    assert luma.mode == "L" and np.abs(np.asarray(luma, int) - np.asarray(colours, int)).mean() < 2
+    verdicts = []
+    for _ in range(120):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), 3):
+            data[place] = random.integers(0, 256)
+        data = bytes(data[: random.integers(1, 2 * len(data))])
+        verdicts.append([_verdict(data, brightness) for brightness in (False, True)])
+    assert all(a == b for a, b in verdicts) and {a == "fine" for a, _ in verdicts} == {True, False}
+
+
+def _verdict(data, brightness):
+    try:
+        decode(data, brightness)
+    except BadPicture as bad:
+        return bad.code
+    return "fine"
