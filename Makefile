@@ -18,7 +18,7 @@ test: .venv/installed  ## the tests, then the notebooks under nbval
 	$(BIN)/python -m pytest -q --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 notebooks
 
 lab: .venv/installed  ## JupyterLab on the notebooks, on this machine only
-	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ip 127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) notebooks
 
 notebooks: .venv/installed  ## run the notebooks again and keep them cleaned, with their pictures
 	$(BIN)/python tools/make_notebooks.py
@@ -26,5 +26,5 @@ notebooks: .venv/installed  ## run the notebooks again and keep them cleaned, wi
 lint: .venv/installed
 	$(BIN)/ruff check lora_nb tools tests benchmarks
 
-clean:  ## what runs and tests left; never data/
-	rm -rf outputs/* .pytest_cache .hypothesis
+clean:  ## what tests left; never data/ and outputs/, where your LoRAs lie
+	rm -rf .pytest_cache .hypothesis .ruff_cache outputs/unpacked

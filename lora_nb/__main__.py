@@ -22,7 +22,7 @@ def main(argv=None) -> int:
         with full_disk_is_a_sentence(project_root()):
             return options.verb(options) or 0
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted; run the same command again to go on.", file=sys.stderr)
@@ -96,16 +96,18 @@ def run(options):
     """Run the notebooks with papermill; executed notebooks and pages lie in outputs/RUN/notebooks/."""
     from lora_nb.batch import NOTEBOOKS, run_notebooks
 
-    config = _config(options)
-    parameters = {
+    config, typed = _config(options), dict(options.parameter)
+    if options.dataset and "trigger_token" not in config.model_fields_set and "TRIGGER_TOKEN" not in typed:
+        raise UserError("--dataset needs --trigger-token: the word in its captions that will call the character.")
+    flags = {
         "PRESET": options.preset, "CONFIG_FILE": _for_notebooks(options.config), "DATASET_PATH": _for_notebooks(options.dataset),
         "TRIGGER_TOKEN": options.trigger_token, "MAX_STEPS": options.max_steps,
     }  # fmt: skip
-    parameters = {name: value for name, value in parameters.items() if value is not None} | dict(options.parameter)
+    flags = {name: value for name, value in flags.items() if value is not None}
     chosen = [name for name in NOTEBOOKS if not options.only or name[:2] in options.only]
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)} names no notebook: take from 01, 02, 03, 04.")
-    run_notebooks(config.run_name, parameters, chosen, on_event=printer())
+    run_notebooks(config.run_name, typed, chosen, flags, on_event=printer())
     return show_results(config.run_dir)
 
 
@@ -115,7 +117,9 @@ def _for_notebooks(path):
 
 
 def show_results(run_dir):
-    """Where the pictures, the LoRA and the pages are, as far as they are there."""
+    """The choice, and where the pictures, the LoRA and the pages are, as far as they are there."""
+    from lora_nb.results import read_choice
+
     places = {
         "pictures": ["evaluation/grids/before_after.png", "evaluation/grids/checkpoints.png"], "LoRA (ComfyUI, A1111, Forge)": [f"final/{run_dir.name}.safetensors"],
         "LoRA (diffusers)": ["final/pytorch_lora_weights.safetensors"], "chosen checkpoint": ["final/*_chosen.safetensors"],
@@ -124,6 +128,8 @@ def show_results(run_dir):
     for what, patterns in places.items():
         for path in [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]:
             print(f"{what + ':':30} {from_root(path)}")
+    if choice := read_choice(run_dir):
+        print(choice["sentence"])
 
 
 def encode(options):
@@ -213,6 +219,8 @@ def compare(options):
 def sweep(options):
     """Run the notebooks for every combination of settings; run it again to go on after a failure."""
     from lora_nb.batch import run_notebooks
+    from lora_nb.compare import compare as rank
+    from lora_nb.compare import comparison_table
     from lora_nb.sweep import parse_grid, trials_of
     from lora_nb.sweep import sweep as run_all
 
@@ -229,6 +237,8 @@ def sweep(options):
     done = run_all(trials, record, run_one, on_event=printer())
     for trial in done:
         print(f"{trial.run_name}: {trial.status} {trial.error}")
+    if finished := [project_root() / "outputs" / trial.run_name for trial in done if trial.status == "done"]:
+        print(comparison_table(rank(finished, on_event=printer())))
     return 0 if all(trial.status == "done" for trial in done) else 1
 
 

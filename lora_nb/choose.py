@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_nb.scores import Estimate, bootstrap_means, estimate
 
+LEAST_LIKENESS = 0.5  # of the way from base to references: below it the character is not there yet
 LEAST_ADHERENCE = 0.005  # cosine above chance, below which a scorer does not tell prompts apart
 
 
@@ -41,6 +42,7 @@ class Scale:
     identity_ceiling: float
     adherence_by_chance: float
     base_adherence: np.ndarray  # [prompts, seeds]
+    held_out: bool = True  # the references; else they are training pictures
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class Choice:
 
 
 def choose(candidates: list[Candidate], scale: Scale, guards: Guards = Guards()) -> Choice:  # noqa: B008  it is frozen
-    """The candidate with the best balance; of those within one standard error of it the earliest and nearest to 1.0."""
+    """The candidate with the best balance; of those within one standard error of it the earliest and nearest to 1.0.
+
+    Where even the best is below LEAST_LIKENESS it is taken itself, and called undertrained.
+    """
     candidates = sorted(candidates, key=lambda c: (c.step, abs(c.strength - 1)))
     gains = {c.name: estimate(c.identity - scale.base_identity) for c in candidates}
     learned = [c for c in candidates if gains[c.name].low > 0]
@@ -83,7 +88,8 @@ def choose(candidates: list[Candidate], scale: Scale, guards: Guards = Guards())
     pool = free or [min(learned, key=lambda c: max(c.copies / guards.copies, c.leak.mean() / guards.leak))]
     balances = {c.name: _balance_draws(c, scale) for c in pool}
     best = max(pool, key=lambda c: balances[c.name].mean())
-    chosen = next(c for c in pool if _as_good(balances[c.name], balances[best.name]))
+    faint = _faint(best, scale)
+    chosen = best if faint else next(c for c in pool if _as_good(balances[c.name], balances[best.name]))
     front = [c.name for c in pareto(candidates) if c.name not in barred]
     later = [c for c in candidates if c.step > chosen.step and c.strength == 1]
     earlier = [c for c in candidates if c.step < chosen.step and c.strength == 1]
@@ -92,9 +98,9 @@ def choose(candidates: list[Candidate], scale: Scale, guards: Guards = Guards())
     return Choice(
         chosen.step,
         chosen.strength,
-        _verdict(chosen, barred, turn, rising),
-        f"Take step {chosen.step} at strength {chosen.strength:g}: {_why(chosen, barred) or turn or _nothing_better(later, rising)}.",
-        _reasons(chosen, best, earlier, scale, barred, rising),
+        _verdict(chosen, barred, turn, rising or faint),
+        f"Take step {chosen.step} at strength {chosen.strength:g}: {_why(chosen, barred) or faint or turn or _nothing_better(later, rising)}.",
+        _reasons(chosen, best, earlier, scale, barred, rising or faint),
         front,
         barred,
     )
@@ -114,8 +120,11 @@ def balance(candidate: Candidate, scale: Scale) -> Estimate:
     """Harmonic mean of the identity and adherence shares, with its interval: 0 as the base draws, 1 ideal."""
     draws = _balance_draws(candidate, scale)
     low, high = np.percentile(draws, [2.5, 97.5])
-    own = shares(candidate.identity.mean(), candidate.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
-    return Estimate(float(harmonic(*own)), float(low), float(high))
+    return Estimate(float(harmonic(*_own_shares(candidate, scale))), float(low), float(high))
+
+
+def _own_shares(candidate, scale):
+    return shares(candidate.identity.mean(), candidate.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
 
 
 def _balance_draws(candidate, scale) -> np.ndarray:
@@ -147,6 +156,12 @@ def _barred(candidate, guards) -> str:
     if (leak := candidate.leak.mean()) > guards.leak:
         return f"{leak:.0%} of the character shows in prompts without the trigger"
     return ""
+
+
+def _faint(best, scale) -> str:
+    """For a run whose best candidate does not show the character yet, in words; "" for any other."""
+    likeness, _ = _own_shares(best, scale)
+    return f"it is the best so far, but only {max(likeness, 0):.0%} of the way to the character" if likeness < LEAST_LIKENESS else ""
 
 
 def _what_went_wrong(chosen, later, guards) -> str:
@@ -183,16 +198,17 @@ def _nothing_better(later, rising) -> str:
     return "later steps are no better within the uncertainty" if later else "no other has a better balance of likeness and obedience"
 
 
-def _verdict(chosen, barred, turn, rising) -> str:
+def _verdict(chosen, barred, turn, unfinished) -> str:
     if chosen.name in barred:
         return "copies" if "copies" in barred[chosen.name] else "leaks"
-    return "undertrained" if rising else "overtrained" if turn else "good"
+    return "undertrained" if unfinished else "overtrained" if turn else "good"
 
 
-def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
-    a, b = shares(chosen.identity.mean(), chosen.adherence.mean(), scale.base_identity.mean(), scale.base_adherence.mean(), scale)
+def _reasons(chosen, best, earlier, scale, barred, unfinished) -> list[str]:
+    a, b = _own_shares(chosen, scale)
+    references = "the held-out references" if scale.held_out else "its training pictures, as none are held out, which flatters a LoRA that copies"
     reasons = [
-        f"Likeness: {np.clip(a, 0, 1):.0%} of the way from the base model to the held-out references "
+        f"Likeness: {np.clip(a, 0, 1):.0%} of the way from the base model to {references} "
         f"({estimate(chosen.identity)}; base {scale.base_identity.mean():.3f}, references {scale.identity_ceiling:.3f}).",
         f"Obedience: it keeps {np.clip(b, 0, 1):.0%} of how the base follows prompts ({estimate(chosen.adherence)}; base {scale.base_adherence.mean():.3f}).",
         f"Without the trigger {max(chosen.leak.mean(), 0):.0%} of the character shows, and {chosen.copies:.0%} of its pictures are near copies.",
@@ -205,7 +221,7 @@ def _reasons(chosen, best, earlier, scale, barred, rising) -> list[str]:
         reasons.append("Not considered: " + "; ".join(others) + ".")
     if scale.base_adherence.mean() - scale.adherence_by_chance < LEAST_ADHERENCE:
         reasons.append("The scorer hardly tells these prompts apart, so obedience is not measured: take other prompts or a larger CLIP.")
-    if rising:
+    if unfinished:
         reasons.append("Train longer (raise max_steps) and choose again: the best step may not have been reached.")
     return reasons
 

@@ -46,7 +46,7 @@ def comparison_table(rows: list[dict]) -> Table:
     """`compare`'s rows to look at, the best first."""
     names = [name for name in rows[0] if not name.startswith("balance_")]
     cells = [tuple(_cell(row, name) for name in names) for row in rows]
-    return Table(names, cells)
+    return Table(["training" if name == "verdict" else name for name in names], cells)
 
 
 def _cell(row, name) -> str:

@@ -28,7 +28,7 @@ FREE_TO_CHANGE = frozenset(
     "validation_prompts validation_seeds validation_steps validation_guidance validation_negative_prompt export_dtype "
     "author license copy_checkpoints_to "
     "gradient_checkpointing enable_cpu_offload enable_xformers enable_attention_slicing auto_fit scheduler output_dir "
-    "batch_size gradient_accumulation_steps base_model vae_model dataset_path trigger_token".split()
+    "batch_size gradient_accumulation_steps base_model vae_model dataset_path".split()
 )
 
 
@@ -251,11 +251,23 @@ def load_config(preset: str = "auto", yaml_path=None, **overrides) -> Config:
     if preset not in ("auto", *preset_names()):
         raise UserError(f"There is no preset {preset!r}: take auto, {', '.join(preset_names())}.")
     values, reasons = _read_yaml(preset_path)
+    layers, given = [f"preset {preset_path.stem}"], {}
     if yaml_path is not None:
         given, why = _read_yaml(resolve_path(yaml_path))
         values, reasons = values | given, reasons | {name: why.get(name, f"in {Path(yaml_path).name}") for name in given}
+        layers.append(str(yaml_path))
     values, reasons = values | overrides, reasons | dict.fromkeys(overrides, "set here")
-    return build(values, reasons, where=f"{yaml_path or 'the settings'}")
+    layers += [f"given {', '.join(overrides)}"] * bool(overrides)
+    if not {"lr_warmup_steps"} & {*given, *overrides}:
+        _shorten_warmup(values, reasons)
+    return build(values, reasons, where=f"the settings ({'; '.join(layers)})")
+
+
+def _shorten_warmup(values, reasons) -> None:
+    """A warm-up that nobody asked for fits into a short trial."""
+    steps, warmup = (values.get(name, Config.model_fields[name].default) for name in ("max_steps", "lr_warmup_steps"))
+    if type(steps) is int and type(warmup) is int and warmup >= steps:
+        values["lr_warmup_steps"], reasons["lr_warmup_steps"] = steps // 10, "a tenth of max_steps"
 
 
 def build(values: dict, reasons: dict | None = None, where: str = "the settings") -> Config:
@@ -356,6 +368,9 @@ def _sentence(problem) -> str:
     name = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("list[", "literal[")))
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, Config.model_fields, n=1)
-        return f"there is no setting {name!r}" + (f", did you mean {near[0]!r}" if near else "")
+        hint = "; a preset is named with --preset, or PRESET in a notebook" if name == "preset" else ""
+        return f"there is no setting {name!r}" + (hint or (f", did you mean {near[0]!r}" if near else ""))
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{name} is {problem['input']!r}: use letters, digits, _, - and . only, without spaces"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{name} is {problem['input']!r}: {message[0].lower()}{message[1:]}"

@@ -18,7 +18,7 @@ from .errors import UserError
 from .events import OnEvent, Progress, ignore
 from .files import project_root, write_atomic, write_json
 from .findings import ERROR, Finding, finding
-from .judge import compare, judge, set_apart
+from .judge import compare, judge, set_apart, trigger_nowhere
 from .layouts import CAPTION_ENDINGS, Record, describe_layout, existing_folder, expected_caption, pair, walk
 from .manifest import Manifest, Sample, best_manifest, open_sample, read_manifest, write_manifest
 from .preprocess import preprocess
@@ -128,7 +128,7 @@ def validate(
         "held_out_share": held_out_share,
         "seed": seed,
     }
-    findings = [*records.findings, *overall, *_unknown_exclusions(records, exclusions)]
+    findings = [*records.findings, *overall, *trigger_nowhere(pictures, trigger_token), *_unknown_exclusions(records, exclusions)]
     return Report(records.root, records.layout, pictures, findings, settings, leave_out_errors)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lora_nb import models, scores
 from lora_nb.cache import Samples, cached_samples, fresh_samples, weights_of
-from lora_nb.checkpoint import LORA, damage, list_checkpoints
+from lora_nb.checkpoint import LORA, STATE, damage, list_checkpoints
 from lora_nb.choose import Candidate, Choice, Guards, Scale, choose
 from lora_nb.config import read_config
 from lora_nb.embedders import ClipEmbedder, DinoEmbedder, picture_hashes
@@ -75,8 +75,11 @@ class Evaluation:
     @cached_property
     def references(self) -> list:
         """PIL pictures of the character that training never saw; its training pictures where fewer than two are held out."""
-        held_out = self.manifest.held_out()
-        return self._opened(held_out if len(held_out) > 1 else self.manifest.train())
+        return self._opened(self.manifest.held_out() if self.has_held_out else self.manifest.train())
+
+    @property
+    def has_held_out(self) -> bool:
+        return len(self.manifest.held_out()) > 1
 
     @cached_property
     def training_pictures(self) -> list:
@@ -90,7 +93,7 @@ class Evaluation:
         references = self.picture_embedder.pictures(self.references)
         return Scale(
             scores.identity(base, references), scores.identity_ceiling(references),
-            scores.adherence_by_chance(worded, texts), scores.adherence(worded, texts),
+            scores.adherence_by_chance(worded, texts), scores.adherence(worded, texts), self.has_held_out,
         )  # fmt: skip
 
     def _opened(self, samples) -> list:
@@ -206,6 +209,7 @@ def open_evaluation(
     config, manifest_path = read_config(run_dir / "config.yaml"), best_manifest(run_dir)
     manifest, device = read_manifest(manifest_path), device or models.default_device()
     files = find_checkpoints(run_dir, on_event)
+    _check_data(run_dir, manifest, files)
     train, held_out = ([sample.caption for sample in part] for part in (manifest.train(), manifest.held_out()))
     if len(held_out) < 2:
         on_event(Notice("Fewer than two pictures are held out, so likeness is measured against the training pictures, which flatters a LoRA that copies: keep some out."))  # fmt: skip
@@ -249,6 +253,13 @@ def find_checkpoints(run_dir, on_event=ignore) -> dict[int, Path]:
     if not found:
         raise UserError(f"{run_dir} holds no checkpoint and no final LoRA: run notebook 03 first.")
     return found
+
+
+def _check_data(run_dir, manifest, files) -> None:
+    """The manifest is still what the newest checkpoint was trained on, or its scores would be about other pictures."""
+    state = files[max(files)].parent / STATE
+    if state.is_file() and json.loads(state.read_text()).get("identity", {}).get("data", manifest.training_data) != manifest.training_data:
+        raise UserError(f"{run_dir.name} was trained on other pictures or captions than its manifest now holds: run notebook 01 with the data it was trained on.")  # fmt: skip
 
 
 def spread(checkpoints: dict[int, Path], number: int) -> dict[int, Path]:

@@ -29,9 +29,9 @@ def project_root(start=None) -> Path:
 
 
 def from_root(path) -> Path:
-    """`path` as it is shown: from the project's root where it lies below it, else as it is."""
+    """`path` as it is shown: from the project's root where it lies below it and somebody works there, else as it is."""
     path, root = Path(path), project_root()
-    return path.relative_to(root) if path.is_relative_to(root) else path
+    return path.relative_to(root) if path.is_relative_to(root) and Path.cwd().is_relative_to(root) else path
 
 
 def write_atomic(path, content) -> Path:

@@ -83,6 +83,7 @@ CODES = {
     "dominating": (WARNING, "{file} with its repeats and twins makes up {share:.0%} of what training sees.", "Lower its repeats or leave twins out."),
     "few-pictures": (WARNING, "{count} pictures are few for a character.", "10 to 40 varied pictures work best."),
     # words
+    "trigger-nowhere": (WARNING, "No caption has the trigger {trigger}; {word} is in {count} of {total}.", "Give the word that your captions have as TRIGGER_TOKEN (--trigger-token), or write {trigger} into them."),
     "trigger-missing": (WARNING, "The caption of {file} lacks the trigger {trigger}.", "Begin it with {trigger}, or the LoRA answers to other words."),
     "trigger-spelling": (WARNING, "The caption of {file} spells the trigger {found}, not {trigger}.", "Spell it {trigger} everywhere."),
     "trigger-not-first": (INFO, "The caption of {file} has the trigger only after {words} words.", "Put it first: early words weigh more."),

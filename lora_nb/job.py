@@ -1,7 +1,5 @@
 """What a training needs before its first step: base, LoRA, data and optimizer, loaded, joined and checked."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -127,6 +125,7 @@ def _check_prediction(noise_scheduler, config) -> None:
 def _open_data(config, accelerator, dtype, on_event):
     """Where latents and embeddings come from, and the hashes that a continuation must share."""
     manifest = read_manifest(best_manifest(config.run_dir))
+    _check_same_data(config, manifest)
     if manifest.metadata.resolution != config.resolution:
         raise UserError(f"The manifest is for {manifest.metadata.resolution} px and resolution is {config.resolution}: run notebook 01 again with the same settings.")  # fmt: skip
     if not config.buckets and any(width != height for width, height in (sample.bucket for sample in manifest.train())):
@@ -146,9 +145,17 @@ def _open_data(config, accelerator, dtype, on_event):
     else:
         on_event(Notice("There are no cached latents: pictures and captions are encoded as training goes."))
         source = cache.fresh_samples(manifest, config.base_model, config.vae_model, dtype=dtype, device=device, stay=stay)
-    seen = [[s.sha256, s.caption, s.repeats, s.bucket, s.crop_top_left, s.split] for s in manifest.samples]
-    data = hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
-    return source, {"data": data, "unet": fingerprint(config.base_model, "unet"), "vae": weights.vae, "text": weights.text}
+    return source, {"data": manifest.training_data, "unet": fingerprint(config.base_model, "unet"), "vae": weights.vae, "text": weights.text}
+
+
+def _check_same_data(config, manifest) -> None:
+    """The manifest's trigger and folder are those of the settings, which go into the LoRA's header."""
+    made_for = manifest.metadata.trigger_token
+    if made_for and made_for != config.trigger_token:
+        raise UserError(f"The manifest in {config.run_dir} was made for the trigger {made_for!r} and trigger_token is {config.trigger_token!r}: give the same, or run notebook 01 under another run_name.")  # fmt: skip
+    folder = resolve_path(config.dataset_path)
+    if "dataset_path" in config.model_fields_set and folder.is_dir() and manifest.root.is_dir() and not manifest.root.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"The manifest in {config.run_dir} is about {manifest.root} and dataset_path is {folder}: give the same, or run notebook 01 under another run_name.")  # fmt: skip
 
 
 def _load_trainable(config, device, dtype):

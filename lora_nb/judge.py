@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from .buckets import cut_off, drawn_place, enlargement, nearest_bucket
-from .captions import find_trigger, measure
+from .captions import Trigger, find_trigger, frequent_words, measure
 from .duplicates import groups
 from .findings import Finding, finding, printable
 from .images import ENDINGS
@@ -83,6 +83,18 @@ def _words(record, length, trigger):
         yield finding("trigger-missing", name, trigger=trigger)
     elif place.words_before > FRONT:
         yield finding("trigger-not-first", name, words=place.words_before)
+
+
+def trigger_nowhere(pictures: list[Picture], trigger: str | None) -> list[Finding]:
+    """A trigger that no caption has, with the word that may have been meant: the commonest, best one that is no plain word."""
+    captions = [each.record.caption for each in pictures if each.record.caption]
+    if not trigger or any(find_trigger(caption, trigger) != Trigger(None, None) for caption in captions):
+        return []
+    common = frequent_words(captions)
+    if not common:
+        return []
+    word, count = max(common, key=lambda pair: (pair[1], not pair[0].isalpha()))
+    return [finding("trigger-nowhere", "", trigger=trigger, word=word, count=count, total=len(captions))]
 
 
 def compare(pictures: list[Picture], twins) -> tuple[list[Picture], list[Finding]]:

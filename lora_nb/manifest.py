@@ -1,5 +1,7 @@
 """The file that carries a data set from notebook to notebook: `dataset_manifest.json`."""
 
+import hashlib
+import json
 import os
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
@@ -136,6 +138,12 @@ class Manifest:
     def held_out(self) -> list[Sample]:
         """The samples kept for evaluation."""
         return [sample for sample in self.samples if sample.split == "held_out"]
+
+    @property
+    def training_data(self) -> str:
+        """A hash of all that training takes from this file: pictures, captions, crops and repeats, in their order."""
+        seen = [[s.sha256, s.caption, s.repeats, s.bucket, s.crop_top_left] for s in self.train()]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
     def with_samples(self, samples) -> "Manifest":
         """The same manifest about changed samples (`sample.model_copy(update={...})`)."""

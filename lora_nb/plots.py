@@ -10,7 +10,7 @@ def score_curves(rows):
     """Likeness, obedience and leak by step at full strength, each with its interval; the base dotted, the choice marked."""
     base, full = rows[0], sorted((row for row in rows if row.get("strength") == 1), key=lambda row: row["step"])
     figure = Figure(figsize=(10, 2.8), layout="constrained")
-    titles = {"identity": "likeness to the held-out pictures", "adherence": "obedience to the prompt", "leak": "leak without the trigger"}
+    titles = {"identity": "likeness to the references", "adherence": "obedience to the prompt", "leak": "leak without the trigger"}
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         steps, means = [row["step"] for row in full], [row[name] for row in full]
         axes.fill_between(steps, [row[f"{name}_low"] for row in full], [row[f"{name}_high"] for row in full], alpha=0.2)
@@ -35,7 +35,7 @@ def score_front(rows):
         axes.errorbar(x, y, xerr=spans[0], yerr=spans[1], fmt="*" if row.get("chosen") else "o", color=colour, alpha=0.6, markersize=12 if row.get("chosen") else 5)
         name = "base" if row["step"] == 0 else f"{row['step']}" + ("" if row["strength"] == 1 else f" at {row['strength']:g}")
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    axes.set(xlabel="likeness to the held-out pictures →", ylabel="obedience to the prompt →")
+    axes.set(xlabel="likeness to the references →", ylabel="obedience to the prompt →")
     return figure
 
 

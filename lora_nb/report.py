@@ -13,8 +13,9 @@ from .errors import UserError
 from .files import full_disk_is_a_sentence
 from .findings import COLOURS, ERROR, SEVERITIES, WARNING, Finding, printable
 from .layouts import Record
-from .manifest import PLAIN, SCHEMA_VERSION, Manifest, ManifestFile, relative_root, write_manifest
+from .manifest import PLAIN, SCHEMA_VERSION, Manifest, ManifestFile, read_manifest, relative_root, write_manifest
 
+NONE_HELD_OUT = " for notebook 04 (a folder reference/ holds such pictures, or HELD_OUT_SHARE takes some)"
 _COLOURS = {"ready": COLOURS["ready"], "ready with warnings": COLOURS[WARNING], "not ready": COLOURS[ERROR]}
 
 
@@ -156,7 +157,8 @@ class Report:
             )
         if errors and not self.leave_out_errors:
             return Verdict("not ready", f"{_count(len(errors), 'error')}.{_first(errors)}")
-        parts = [f"{_count(len(train), 'picture')} to train on, {len(self.usable) - len(train)} held out"]
+        held_out = len(self.usable) - len(train)
+        parts = [f"{_count(len(train), 'picture')} to train on, {held_out or 'none'} held out{'' if held_out else NONE_HELD_OUT}"]
         if left_out := len(self.pictures) - len(self.usable):
             parts.append(f"{left_out} left out")
         warnings = self.counts[WARNING]
@@ -171,7 +173,7 @@ class Report:
     def require_ready(self) -> Verdict:
         """The verdict; raises it as UserError when it is "not ready"."""
         if not self.ready:
-            raise UserError(f"{self.verdict} Or leave such pictures out: exclude them, or set LEAVE_OUT_ERRORS = True.")
+            raise UserError(f"{self.verdict} Or leave such pictures out: exclude them, or set LEAVE_OUT_ERRORS = True (`run -p LEAVE_OUT_ERRORS True`).")
         return self.verdict
 
     def table(self, severity: str | None = None, page: int = 1, page_size: int = 50) -> Table:
@@ -239,10 +241,20 @@ class Report:
         return Manifest(ManifestFile.model_validate(content), folder)
 
     def write(self, folder) -> Manifest:
-        """Write dataset_manifest.json into `folder` and return it."""
-        manifest = self.manifest(folder)
+        """Write dataset_manifest.json into `folder` and return it.
+
+        Raises UserError where that is a run that has been trained on other pictures or captions: it would be lost.
+        """
+        manifest, there = self.manifest(folder), Path(folder) / PLAIN
+        if there.is_file() and any(Path(folder).glob("checkpoints/checkpoint-*")):
+            before = read_manifest(there)
+            if (before.training_data, before.metadata.trigger_token) != (manifest.training_data, manifest.metadata.trigger_token):
+                raise UserError(
+                    f"The run {Path(folder).name} has been trained on other data ({_count(len(before.train()), 'picture')} of "
+                    f"{before.metadata.trigger_token or 'no trigger'}): take another run name, or move {folder} away."
+                )
         with full_disk_is_a_sentence(folder):
-            write_manifest(manifest, Path(folder) / PLAIN)
+            write_manifest(manifest, there)
         return manifest
 
 

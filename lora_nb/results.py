@@ -181,7 +181,8 @@ def save_results(evaluation) -> Path:
         "plan": evaluation.plan.as_dict(),
         "scorers": [evaluation.embedder.name, evaluation.picture_embedder.name],
         "identity_ceiling": evaluation.scale().identity_ceiling,
-        "references": len(evaluation.manifest.held_out()),
+        "references": len(evaluation.references),
+        "held_out": evaluation.has_held_out,
     }
     write_json(evaluation.folder / "choice.json", record)
     return evaluation.folder

@@ -92,9 +92,10 @@ def _image(kind, data: bytes) -> str:
 def _scores(rows, choice) -> str:
     """Table with intervals, the curves, the front and the losses."""
     scorers = " and ".join(html.escape(str(public_value(name))) for name in dict.fromkeys(choice["scorers"]))
+    references = "held-out pictures" if choice.get("held_out", True) else "training pictures, as none are held out: it flatters a LoRA that copies"
     words = (
-        f"<p><small>Means with 95 % bootstrap intervals over prompts and seeds, by {scorers}. Identity: cosine to {choice['references']} held-out "
-        "pictures; adherence: to the prompt without the character's traits; leak: share of the character in prompts without the "
+        f"<p><small>Means with 95 % bootstrap intervals over prompts and seeds, by {scorers}. Identity: cosine to {choice['references']} "
+        f"{references}; adherence: to the prompt without the character's traits; leak: share of the character in prompts without the "
         "trigger; drift: how far those moved, 1 as far as another seed; held-out loss: as a share of the base's.</small></p>"
     )
     figures = [plots.score_curves(rows), plots.score_front(rows)]

@@ -98,13 +98,16 @@ def _run(job: Job, on_event) -> Run:
         bring_back(_copies_folder(config), config.run_dir / CHECKPOINTS, on_event)
     job.accelerator.wait_for_everyone()
     step, window = resume(job, on_event)
+    if step > config.max_steps:
+        on_event(Notice(f"The run is at step {step} already, beyond max_steps {config.max_steps}: nothing is left to train."))
     validator = _validator(job)
+    before = runlog.read_status(config.run_dir).get("seconds", 0.0) if step else 0.0  # what earlier sessions took
     if main:
         check_space(config.run_dir, _bytes_needed(job), "The run")
         config.save()
         set_aside(config.run_dir / CHECKPOINTS, after=step)
         metrics = Metrics(config.run_dir, step)
-        write_status(config.run_dir, "running", step=step, max_steps=config.max_steps)
+        write_status(config.run_dir, "running", step=step, max_steps=config.max_steps, seconds=before)
     start_trackers(job.accelerator, config.run_dir, config.model_dump())
     if main and _validates(config, step) and not (step and validator.has(step)):  # or a kill came between save and pictures
         validator.draw(step, on_event)
@@ -132,7 +135,7 @@ def _run(job: Job, on_event) -> Run:
                 if now - told > STATUS_EVERY_S:
                     told, left = now, (now - began) / (step - first) * (config.max_steps - step)
                     write_status(config.run_dir, "running", step=step, max_steps=config.max_steps, loss=row["loss"],
-                                 seconds_left=round(left, 1), seconds=round(now - began, 1))  # fmt: skip
+                                 seconds_left=round(left, 1), seconds=round(before + now - began, 1))  # fmt: skip
             if main and (step % config.save_every == 0 or last):
                 path = save(job, step, window)
                 on_event(Saved(step, path))
@@ -142,7 +145,7 @@ def _run(job: Job, on_event) -> Run:
             if stop and step < config.max_steps:
                 on_event(Notice(f"Interrupted: step {step} is saved; run again to go on."))
                 break
-    return _finish(job, validator, step, loss, time.monotonic() - began, step - first, on_event)
+    return _finish(job, validator, step, loss, before, time.monotonic() - began, step - first, on_event)
 
 
 def _validates(config: Config, step: int) -> bool:
@@ -272,8 +275,8 @@ def _bytes_needed(job: Job) -> int:
     return max(0, weights * (kept * (4 + moments) + 8) + pictures - there)
 
 
-def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, steps_done: int, on_event) -> Run:
-    """Export a finished run, write summary and status."""
+def _finish(job: Job, validator: Validator, step: int, loss, before: float, seconds: float, steps_done: int, on_event) -> Run:
+    """Export a finished run, write summary and status. `before`: seconds of earlier sessions, `seconds`: of this one."""
     config = job.config
     finished = step >= config.max_steps
     status, export = "finished" if finished else "interrupted", None
@@ -286,7 +289,7 @@ def _finish(job: Job, validator: Validator, step: int, loss, seconds: float, ste
             loss = rows[-1]["loss"]
         if steps_done or not (config.run_dir / runlog.SUMMARY).is_file():  # else that of the session which trained stays
             write_summary(config.run_dir, _summary(job, f"{status} at step {step}", loss, seconds, steps_done, kept))
-        write_status(config.run_dir, status, step=step, max_steps=config.max_steps, loss=loss, seconds=round(seconds, 1))
+        write_status(config.run_dir, status, step=step, max_steps=config.max_steps, loss=loss, seconds=round(before + (seconds if steps_done else 0), 1))
     if job.accelerator.log_with:
         job.accelerator.end_training()
     job.accelerator.wait_for_everyone()
@@ -324,7 +327,11 @@ def _has_lora(model) -> bool:
 
 def _try_status(run_dir, error) -> None:
     status = "failed" if isinstance(error, Exception) else "stopped"  # a second Ctrl-C, or the kernel's end
+    now = runlog.read_status(run_dir)
+    if now.get("status") in ("finished", "interrupted"):  # refused before anything began: what the run said stays true
+        return
+    kept = {name: now[name] for name in ("step", "max_steps", "seconds") if name in now}
     try:
-        write_status(run_dir, status, error=f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        write_status(run_dir, status, **kept, error=f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
     except (OSError, UserError):
         pass  # the disk is full: what failed is already on its way to the user

@@ -6,9 +6,12 @@ import nbformat
 import pytest
 
 import lora_nb
+from lora_nb import batch
 from lora_nb.__main__ import main
 from lora_nb.batch import NOTEBOOKS, read_parameters, run_notebooks
 from lora_nb.errors import UserError
+from lora_nb.events import Notice
+from lora_nb.runlog import write_status
 
 REPOSITORY = Path(lora_nb.__file__).parent.parent
 KNOWN = {"a": {"STEPS": {"default": "10"}, "RATE": {"default": "0.5"}, "FLAG": {"default": "True"}, "NAME": {"default": '"x"'}}}
@@ -57,6 +60,22 @@ def test_a_notebook_runs_with_its_parameters_and_is_kept_as_a_page(project):
     assert path == project.root / "outputs" / "mine" / "notebooks" / "01_small.ipynb"
     assert any(output.get("text") == "kept 5\n" for output in outputs(path))
     assert "kept 5" in path.with_suffix(".html").read_text(encoding="utf-8")
+
+
+def test_flags_that_no_notebook_takes_are_passed_over_and_parameters_are_not(project):
+    project("assert STEPS == 5")
+    assert run_notebooks("mine", {}, ["01_small"], {"STEPS": 5, "PRESET": "auto"})
+    with pytest.raises(UserError, match="no notebook has a parameter PRESET"):
+        run_notebooks("mine", {"PRESET": "auto"}, ["01_small"])
+
+
+def test_a_training_tells_how_it_stands_meanwhile(project, monkeypatch):
+    monkeypatch.setattr(batch, "TELL_EVERY_S", 0.05)
+    project("import time; time.sleep(0.5)")
+    write_status(project.root / "outputs" / "mine", "running", step=3, max_steps=9, loss=0.5, seconds_left=61.2)
+    told = []
+    run_notebooks("mine", {}, ["01_small"], on_event=told.append)
+    assert Notice("step 3 of 9: loss 0.5000, 0:01:01 left") in told
 
 
 def test_a_failing_notebook_is_named_with_its_error_and_kept(project):

@@ -61,6 +61,18 @@ def test_a_run_that_still_rises_is_undertrained():
     assert "max_steps" in " ".join(choice.reasons)
 
 
+def test_a_run_that_hardly_learned_is_not_called_good():
+    choice = choose([candidate(20, 0.2, 1), candidate(40, 0.21, 1)], SCALE)
+    assert (choice.step, choice.verdict) == (40, "undertrained")
+    assert "only 22% of the way" in choice.sentence and "max_steps" in " ".join(choice.reasons)
+
+
+def test_without_held_out_pictures_the_likeness_says_what_it_is_to():
+    flattered = Scale(SCALE.base_identity, 0.9, 0.1, SCALE.base_adherence, held_out=False)
+    assert "to its training pictures" in choose([candidate(100, 0.8, 1)], flattered).reasons[0]
+    assert "to the held-out references" in choose([candidate(100, 0.8, 1)], SCALE).reasons[0]
+
+
 def test_of_equals_the_earliest_and_nearest_to_full_strength_is_taken():
     run = [candidate(step, 0.8, 1, strength) for step in (400, 200, 300) for strength in (0.6, 1.0, 0.8)]
     assert (choose(run, SCALE).step, choose(run, SCALE).strength) == (200, 1.0)

@@ -57,6 +57,20 @@ def test_layers_and_reasons(tmp_path):
     assert reasons["resolution"][1] == "what the tiny SDXL draws"
 
 
+def test_a_warmup_that_nobody_asked_for_fits_a_short_trial(tmp_path):
+    assert load_config("cpu-demo", max_steps=10).lr_warmup_steps == 1
+    (tmp_path / "mine.yaml").write_text("lr_warmup_steps: 20")
+    with pytest.raises(UserError, match=r"preset cpu-demo; .*mine.yaml; given max_steps.*lr_warmup_steps 20"):
+        load_config("cpu-demo", tmp_path / "mine.yaml", max_steps=10)
+
+
+@pytest.mark.parametrize(("line", "words"), [("run_name: my hero", "without spaces"), ("preset: cpu-demo", "--preset")])
+def test_names_that_are_often_given_wrongly(tmp_path, line, words):
+    (tmp_path / "mine.yaml").write_text(line)
+    with pytest.raises(UserError, match=words):
+        load_config("cpu-demo", tmp_path / "mine.yaml")
+
+
 def test_saved_config_is_read_back_with_its_reasons(tmp_path):
     config = load_config("cpu-demo", run_name="r", validation_negative_prompt="a # in words: 'odd'")
     again = read_config(config.save(tmp_path / "config.yaml"))

@@ -13,6 +13,7 @@ from lora_nb import duplicates, judge
 from lora_nb.dataset import scan, validate
 from lora_nb.errors import UserError
 from lora_nb.images import decode
+from lora_nb.report import NONE_HELD_OUT
 from lora_nb.validate_command import main
 
 
@@ -48,7 +49,7 @@ def snapshot(folder):
 def test_a_good_set_is_ready_and_left_alone(good):
     before = snapshot(good)
     report = check(good)
-    assert str(report.verdict) == "Ready: 10 pictures to train on, 0 held out."
+    assert str(report.verdict) == f"Ready: 10 pictures to train on, none held out{NONE_HELD_OUT}."
     assert report.require_ready() and not report.all_findings
     assert report.statistics["width"] == {"min": 400, "mean": 400.0, "max": 400}
     assert report.statistics["trigger_coverage"] == 1.0
@@ -81,6 +82,27 @@ def test_saving_again_is_found_and_unlike_pictures_are_not(tmp_path):
         put(tmp_path / "set", number, scene(number))
     put(tmp_path / "set", 7, scene(7), format="JPEG", caption=f"{TRIGGER}, again")
     assert codes(check(tmp_path / "set")) == {("007.png", "near-duplicate")}
+
+
+def test_a_trigger_that_no_caption_has_is_told_with_the_word_that_may_be_meant(good):
+    report = validate(scan(good), 128, "somebody_else", workers=0)
+    (told,) = [each for each in report.all_findings if each.code == "trigger-nowhere"]
+    assert told is report.all_findings[0] and TRIGGER in told.message and "--trigger-token" in told.cure
+    assert not [each for each in check(good).all_findings if each.code == "trigger-nowhere"]
+
+
+def test_a_trained_run_is_not_given_other_pictures(good, tmp_path):
+    run = tmp_path / "outputs" / "run"
+    check(good).write(run)
+    (run / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    before = (run / "dataset_manifest.json").read_bytes()
+    check(good).write(run)  # the same pictures
+    put(good, 60, scene(60))
+    with pytest.raises(UserError, match="take another run name"):
+        check(good).write(run)
+    with pytest.raises(UserError, match="take another run name"):
+        validate(scan(good), 128, "somebody_else", workers=0).write(run)
+    assert (run / "dataset_manifest.json").read_bytes() == before
 
 
 def test_pictures_are_hashed_as_imagehash_does():
@@ -225,7 +247,7 @@ def test_terminal(good, capsys, option):
     if option:
         assert json.loads(said)["verdict"] == "ready"
     else:
-        assert said.rstrip().endswith("Ready: 10 pictures to train on, 0 held out.")
+        assert said.rstrip().endswith(f"Ready: 10 pictures to train on, none held out{NONE_HELD_OUT}.")
     write_pair(good, "bad.png", b"", b"x")
     assert main(command) == 1
     assert "bad.png has no content" in capsys.readouterr().out

@@ -14,10 +14,12 @@ from lora_nb import models, results
 from lora_nb.choose import Choice
 from lora_nb.dialects import read_lora
 from lora_nb.errors import UserError
-from lora_nb.evaluate import find_checkpoints, open_evaluation, spread
+from lora_nb.evaluate import _check_data, find_checkpoints, open_evaluation, spread
 from lora_nb.events import Notice
+from lora_nb.files import write_json
 from lora_nb.lora_file import relative_difference
 from lora_nb.loss_grid import loss_grid
+from lora_nb.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,17 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(evaluation, tmp_path):
     notices = []
     assert list(find_checkpoints(run, notices.append)) == [10]
     assert isinstance(notices[0], Notice) and "checkpoint-20 is damaged" in notices[0].message
+
+
+def test_a_manifest_about_other_pictures_is_refused(tmp_path):
+    run = make_run(tmp_path, steps=(10,), train=2, held_out=2)
+    files, manifest = find_checkpoints(run), read_manifest(run / "dataset_manifest.json")
+    _check_data(run, manifest, files)
+    write_json(files[10].parent / "state.json", {"identity": {"data": manifest.training_data}})
+    _check_data(run, manifest, files)
+    _check_data(run, manifest.with_samples(manifest.train()), files)  # other held-out pictures may be taken
+    with pytest.raises(UserError, match="trained on other pictures"):
+        _check_data(run, manifest.with_samples(manifest.samples[1:]), files)
 
 
 def test_a_run_that_is_not_there_is_one_sentence(tmp_path):

@@ -33,7 +33,7 @@ def overtrained(tmp_path_factory):
     shutil.copytree(shipped / "reference", folder / "data" / "reference")
     config = load_config(
         "cpu-demo", run_name="overtrained", output_dir=str(folder), dataset_path=str(folder / "data"), max_steps=STEPS, save_every=EVERY,
-        save_total_limit=None, validate_every=None, caption_dropout=0.0, preservation_weight=0.0, learning_rate=6e-3,
+        save_total_limit=None, validate_every=None, caption_dropout=0.0, preservation_weight=0.0, learning_rate=6e-3, lr_scheduler="constant_with_warmup",
     )  # fmt: skip
     config.save()
     validate(scan(folder / "data"), config.resolution, TRIGGER).write(config.run_dir)

@@ -20,18 +20,36 @@ def typed(make_run, tmp_path, **settings) -> tuple[str, ...]:
 
 def test_a_run_outside_the_project(make_run, tmp_path, tmp_path_factory, capsys):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    options = typed(make_run, tmp_path, output_dir=str(elsewhere / "outputs"))
+    options = typed(make_run, tmp_path, output_dir=str(elsewhere / "outputs"), dataset_path=str(elsewhere / "data"))
     shutil.copytree(tmp_path / "data", elsewhere / "data")
     assert main(["encode", *options]) == main(["train", *options]) == 0
     assert f"finished at step 2; {elsewhere / 'outputs' / 'run'}" in capsys.readouterr().out
 
 
-def test_encode_then_train_then_train_again(make_run, tmp_path, capsys):
+def test_encode_then_train_then_train_again(make_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     options = typed(make_run, tmp_path)
     assert main(["encode", *options]) == main(["train", *options]) == 0
     assert "finished at step 2; outputs/run" in capsys.readouterr().out
     assert main(["train", *options]) == 0
     assert "Going on after step 2" in capsys.readouterr().out
+
+
+def test_another_character_in_a_trained_run_is_refused(make_run, tmp_path, capsys):
+    options = typed(make_run, tmp_path)
+    assert main(["train", *options]) == 0
+    before = (tmp_path / "outputs" / "run" / "config.yaml").read_bytes(), (tmp_path / "outputs" / "run" / "status.json").read_bytes()
+    (tmp_path / "other").mkdir()
+    for given in (["--trigger-token", "other_hero"], ["--dataset", str(tmp_path / "other")]):
+        assert main(["train", *options, *given]) == 1
+        assert "run_name" in capsys.readouterr().err
+    assert main(["run", *options, "--dataset", str(tmp_path / "other"), "--only", "01"]) == 1
+    assert before == tuple((tmp_path / "outputs" / "run" / name).read_bytes() for name in ("config.yaml", "status.json"))
+
+
+def test_a_data_set_needs_its_trigger(tmp_path, capsys):
+    assert main(["run", "--dataset", str(tmp_path)]) == 1
+    assert "--dataset needs --trigger-token" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -49,7 +67,7 @@ def test_what_can_be_mended_is_one_sentence(make_run, tmp_path, capsys, settings
     path.write_text(yaml.safe_dump({"run_name": "run", "resolution": 64} | settings))
     assert main(["train", "--preset", "cpu-demo", "--config", str(path)]) == 1
     told = capsys.readouterr().err.strip()
-    assert words in told and told.startswith("UserError: ") and "\n" not in told
+    assert words in told and told.startswith("Error: ") and "\n" not in told
 
 
 def test_wrong_usage_is_two():

@@ -379,6 +379,7 @@ def test_running_a_finished_run_again_keeps_what_it_said(make_run):
     assert (config.run_dir / "training_summary.txt").read_text() == summary and "6 steps" in summary
     assert (again.status, again.step) == ("finished", 6) and again.loss > 0 and first.loss > 0
     assert read_status(config.run_dir)["loss"] == again.loss
+    assert read_status(config.run_dir)["seconds"] == round(first.seconds, 1)
 
 
 def test_pictures_that_a_kill_kept_from_being_drawn_are_drawn(make_run):
