@@ -37,6 +37,7 @@ def quantize_nf4(model, compute_dtype=torch.float32) -> int:
         )
         linear.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", module=linear)
         linear.bias = module.bias
+        linear.support_avx512bf16_for_cpu = False  # else a validation picture packs the weights for inference, for good
         linear.requires_grad_(False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)

@@ -38,7 +38,7 @@ def pack_state(optimizer) -> tuple[dict[str, torch.Tensor], dict]:
 
     def pack(value, path):
         if isinstance(value, torch.Tensor):
-            tensors[path] = value.detach().cpu().contiguous()
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()  # 8-bit AdamW's share their tables: no file takes that
             return {"tensor": path}
         if isinstance(value, dict):
             return {"dict": [[key, pack(item, f"{path}.{key}")] for key, item in value.items()]}

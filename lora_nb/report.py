@@ -15,7 +15,7 @@ from .findings import COLOURS, ERROR, SEVERITIES, WARNING, Finding, printable
 from .layouts import Record
 from .manifest import PLAIN, SCHEMA_VERSION, Manifest, ManifestFile, read_manifest, relative_root, write_manifest
 
-NONE_HELD_OUT = " for notebook 04 (a folder reference/ holds such pictures, or HELD_OUT_SHARE takes some)"
+NONE_HELD_OUT = " for notebook 04 (put some into reference/, or set HELD_OUT_SHARE or --held-out)"
 _COLOURS = {"ready": COLOURS["ready"], "ready with warnings": COLOURS[WARNING], "not ready": COLOURS[ERROR]}
 
 

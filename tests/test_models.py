@@ -146,6 +146,21 @@ def test_checkpointing_loses_no_gradient(tiny_base):
     assert any(grad.any() for grad in results[0])
 
 
+def test_nf4_learns_after_a_picture_was_drawn():
+    """In evaluation bitsandbytes packs weights for processors that multiply bf16, and then has no way back."""
+    model = torch.nn.Sequential(torch.nn.Linear(128, 128))
+    memory.quantize_nf4(model, torch.bfloat16)
+    model.to("cpu").eval()
+    picture = torch.randn(4, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        drawn = model(picture)
+    learning = picture.clone().requires_grad_()
+    answer = model.train()(learning)
+    torch.testing.assert_close(answer, drawn, atol=0.05, rtol=0.05)
+    answer.sum().backward()
+    assert learning.grad.abs().sum() > 0
+
+
 def test_nf4_runs_and_learns_on_the_cpu(tiny_base):
     plain = models.load_part(str(tiny_base), "unet")
     full = plain(**unet_inputs()).sample
