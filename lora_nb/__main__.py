@@ -170,7 +170,9 @@ def train(options):
         print(f"{done.status} at step {done.step}; {from_root(done.run_dir)}")
     if done.export:
         print(done.export)
-    return 0 if done.status == "finished" else 130
+    if done.status != "finished":
+        return 130
+    return 0 if done.export is None or done.export.ok else 1
 
 
 def evaluate(options):

@@ -85,6 +85,8 @@ def train(config: Config, on_event=ignore) -> Run:
             if isinstance(error, UserError):
                 raise error from None
             raise
+        finally:
+            release()
 
 
 # --- the loop ----------------------------------------------------------------------------------------------------

@@ -1,59 +1,79 @@
-"""Full-size SDXL with random weights: one step on the CPU, then every file, proved. Minutes, and about 9 GB of memory."""
+"""Full-size SDXL with random weights, trained through the product's own verbs on the CPU: what size alone brings out.
 
-import json
+`pytest -m slow -s tests/test_full_size.py`: four minutes on two cores, 11 GB of memory, 7 GB of disk.
+"""
+
 import resource
-import time
+import shutil
 
 import pytest
 import torch
+import yaml
+from planted_world import ROOT
 
 from lora_nb import models
-from lora_nb.export import export_lora
+from lora_nb.__main__ import main
 from lora_nb.inspect_lora import inspect_lora
-from lora_nb.lora_file import lora_of
-from lora_nb.metadata import lora_metadata
-from lora_nb.proof import fill_with_zero, library_roads
+from lora_nb.runlog import read_metrics
+
+pytestmark = pytest.mark.slow
+PICTURES = 2
 
 
-def _empty(part):
-    settings = json.loads((models.SDXL / part / "config.json").read_text())
-    with torch.device("meta"):
-        cls = models.PARTS[part]
-        return cls.from_config(settings) if part == "unet" else cls(cls.config_class.from_dict(settings))
-
-
-@pytest.mark.slow
-def test_a_step_and_every_file_at_full_size(tmp_path):
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A diffusers folder of SDXL's size in fp16; norms are ones, so that what comes out stays finite."""
+    folder = tmp_path_factory.mktemp("full") / "sdxl"
+    shutil.copytree(models.SDXL, folder)
+    tokenizer_2 = shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    settings = tokenizer_2 / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"pad_token": "<|endoftext|>"', '"pad_token": "!"'))
     torch.manual_seed(0)
-    unet = _empty("unet").to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in unet.parameters():
-        scale = 1.0 if parameter.dim() == 1 else parameter[0].numel() ** -0.5
-        parameter.data.normal_(0, 0.5 * scale)
-    trainable = models.add_lora(unet, 16, 8, "attention+feed_forward", seed=0)
-    unet.enable_gradient_checkpointing()
-    text = [fill_with_zero(_empty(part)) for part in ("text_encoder", "text_encoder_2")]
-    for n, model in enumerate(text):
-        for parameter in models.add_lora(model, 8, 4, models.TEXT_TARGETS, seed=n):
-            parameter.data.normal_(0, 0.02)  # not trained here
+    for part in ("vae", "text_encoder", "text_encoder_2", "unet"):
+        model = models.empty_part(str(models.SDXL), part).to(torch.float16).to_empty(device="cpu")
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if not value.is_floating_point():
+                value.data.copy_(torch.arange(value.numel()).view_as(value))  # position_ids
+            elif value.dim() > 1:
+                value.data.normal_(0, 0.7 * value[0].numel() ** -0.5)
+            else:
+                value.data.fill_(float(name.endswith("weight")))
+        model.save_pretrained(folder / part, max_shard_size="10GB")
+    yield folder
+    shutil.rmtree(folder)
 
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    started = time.monotonic()
-    with torch.autocast("cpu", torch.bfloat16):
-        answer = unet.train()(
-            torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 2048),
-            added_cond_kwargs={"text_embeds": torch.randn(1, 1280), "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]])},
-        ).sample  # fmt: skip
-        loss = (answer.float() - torch.randn(1, 4, 16, 16)).square().mean()
-    loss.backward()
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in trainable)
-    optimizer.step()
-    print(f"\none step {time.monotonic() - started:.0f} s, loss {loss.item():.3f}")
 
-    started = time.monotonic()
-    metadata = lora_metadata("full", {"base_model": "stabilityai/stable-diffusion-xl-base-1.0", "trigger_token": "hero"})
-    result = export_lora(tmp_path / "final", unet, text, run_name="full", metadata=metadata, roads=library_roads(unet, text))
-    print(f"export and proof {time.monotonic() - started:.0f} s\n{result}")
-    print(inspect_lora(tmp_path / "final" / "full.safetensors"))
+@pytest.mark.parametrize(
+    ("settings", "modules"),
+    [
+        ({"precision": "bf16"}, 722),
+        ({"precision": "nf4", "train_text_encoder": True, "validate_every": 2, "validation_steps": 2, "num_validation_images": 1}, 722 + 72 + 192),
+    ],
+    ids=["bf16", "nf4 and encoders"],
+)
+def test_a_run_at_full_size_stops_goes_on_and_is_proved(sdxl, tmp_path, monkeypatch, capsys, settings, modules):
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((ROOT / "data" / "aldar_kose" / "images").iterdir())[:PICTURES]:
+        shutil.copy(path, tmp_path)
+        shutil.copy(path.parent.parent / "captions" / f"{path.stem}.txt", tmp_path)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({
+        "base_model": str(sdxl), "resolution": 512, "mixed_precision": "bf16", "lora_target_modules": "attention+feed_forward",
+        "lr_scheduler": "constant", "save_every": 1, "log_every": 1, "validate_every": None,
+    } | settings))  # fmt: skip
+
+    def verb(name, run, steps):
+        assert main([name, "--preset", "gpu-8gb", "--config", str(file), "--dataset", str(tmp_path), "--run-name", run, "--max-steps", str(steps)]) == 0
+
+    for run in ("whole", "parts"):
+        assert main(["validate", str(tmp_path), "--resolution", "512", "--output", str(tmp_path / "outputs" / run)]) == 0
+        verb("encode", run, 2)
+    for run, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
+        verb("train", run, steps)
+    whole, parts = (tmp_path / "outputs" / run for run in ("whole", "parts"))
+    for name in ("pytorch_lora_weights.safetensors", "optimizer.safetensors"):
+        assert (whole / "checkpoints/checkpoint-2" / name).read_bytes() == (parts / "checkpoints/checkpoint-2" / name).read_bytes()
+    assert read_metrics(whole) == read_metrics(parts) and len(read_metrics(whole)) == 2
+    assert f"{modules} of {modules}" in capsys.readouterr().out
+    print(inspect_lora(whole / "final" / "whole.safetensors"))
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-    assert result.ok
-    assert [len(lora_of(model, part)) for part, model in zip(models.PARTS, (unet, None, *text), strict=False) if model] == [722, 72, 192]
