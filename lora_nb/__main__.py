@@ -95,6 +95,7 @@ def _config(options):
 def run(options):
     """Run the notebooks with papermill; executed notebooks and pages lie in outputs/RUN/notebooks/."""
     from lora_nb.batch import NOTEBOOKS, run_notebooks
+    from lora_nb.results import read_choice
 
     config, typed = _config(options), dict(options.parameter)
     if options.dataset and "trigger_token" not in config.model_fields_set and "TRIGGER_TOKEN" not in typed:
@@ -108,7 +109,9 @@ def run(options):
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)} names no notebook: take from 01, 02, 03, 04.")
     run_notebooks(config.run_name, typed, chosen, flags, on_event=printer())
-    return show_results(config.run_dir)
+    show_results(config.run_dir)
+    if choice := read_choice(config.run_dir):
+        print(choice["sentence"])
 
 
 def _for_notebooks(path):
@@ -117,9 +120,7 @@ def _for_notebooks(path):
 
 
 def show_results(run_dir):
-    """The choice, and where the pictures, the LoRA and the pages are, as far as they are there."""
-    from lora_nb.results import read_choice
-
+    """Where the pictures, the LoRA and the pages are, as far as they are there."""
     places = {
         "pictures": ["evaluation/grids/before_after.png", "evaluation/grids/checkpoints.png"], "LoRA (ComfyUI, A1111, Forge)": [f"final/{run_dir.name}.safetensors"],
         "LoRA (diffusers)": ["final/pytorch_lora_weights.safetensors"], "chosen checkpoint": ["final/*_chosen.safetensors"],
@@ -128,8 +129,6 @@ def show_results(run_dir):
     for what, patterns in places.items():
         for path in [path for pattern in patterns for path in sorted(run_dir.glob(pattern))]:
             print(f"{what + ':':30} {from_root(path)}")
-    if choice := read_choice(run_dir):
-        print(choice["sentence"])
 
 
 def encode(options):

@@ -1,6 +1,6 @@
 """Full-size SDXL with random weights, trained through the product's own verbs on the CPU: what size alone brings out.
 
-`pytest -m slow -s tests/test_full_size.py`: four minutes on two cores, 11 GB of memory, 7 GB of disk.
+`pytest -m slow -s tests/test_full_size.py`: a quarter of an hour on two cores, 12 GB of memory, 9 GB of disk.
 """
 
 import resource
