@@ -100,18 +100,23 @@ def run(options):
     config, typed = _config(options), dict(options.parameter)
     if options.dataset and "trigger_token" not in config.model_fields_set and "TRIGGER_TOKEN" not in typed:
         raise UserError("--dataset needs --trigger-token: the word in its captions that will call the character.")
-    flags = {
-        "PRESET": options.preset, "CONFIG_FILE": _for_notebooks(options.config), "DATASET_PATH": _for_notebooks(options.dataset),
-        "TRIGGER_TOKEN": options.trigger_token, "MAX_STEPS": options.max_steps,
-    }  # fmt: skip
-    flags = {name: value for name, value in flags.items() if value is not None}
+    flags = _flags(options.preset, options.config, config, MAX_STEPS=options.max_steps)
     chosen = [name for name in NOTEBOOKS if not options.only or name[:2] in options.only]
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)} names no notebook: take from 01, 02, 03, 04.")
-    run_notebooks(config.run_name, typed, chosen, flags, on_event=printer())
+    run_notebooks(config.run_name, typed, chosen, flags=flags, on_event=printer())
     show_results(config.run_dir)
     if choice := read_choice(config.run_dir):
         print(choice["sentence"])
+
+
+def _flags(preset, config_file, config, **more) -> dict:
+    """What notebooks are given. Data set and trigger from the resolved settings: the notebooks' own lie over CONFIG_FILE's."""
+    flags = {
+        "PRESET": preset, "CONFIG_FILE": _for_notebooks(config_file), "DATASET_PATH": _for_notebooks(config.dataset_path),
+        "TRIGGER_TOKEN": config.trigger_token, **more,
+    }  # fmt: skip
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def _for_notebooks(path):
@@ -233,7 +238,7 @@ def sweep(options):
     def run_one(run_name, settings):
         whole = load_config(options.preset, options.config, **(_given(options) | settings | {"run_name": run_name}))
         path = whole.save(whole.run_dir / "settings.yaml")
-        run_notebooks(run_name, {"PRESET": options.preset, "CONFIG_FILE": str(path)}, on_event=printer())
+        run_notebooks(run_name, flags=_flags(options.preset, str(path), whole), on_event=printer())
 
     done = run_all(trials, record, run_one, on_event=printer())
     for trial in done:

@@ -258,7 +258,7 @@ def load_config(preset: str = "auto", yaml_path=None, **overrides) -> Config:
         layers.append(str(yaml_path))
     values, reasons = values | overrides, reasons | dict.fromkeys(overrides, "set here")
     layers += [f"given {', '.join(overrides)}"] * bool(overrides)
-    if not {"lr_warmup_steps"} & {*given, *overrides}:
+    if "lr_warmup_steps" not in given | overrides:
         _shorten_warmup(values, reasons)
     return build(values, reasons, where=f"the settings ({'; '.join(layers)})")
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from PIL import Image
 
 from lora_nb import __main__ as terminal
 from lora_nb.__main__ import main
@@ -40,11 +41,26 @@ def test_another_character_in_a_trained_run_is_refused(make_run, tmp_path, capsy
     assert main(["train", *options]) == 0
     before = (tmp_path / "outputs" / "run" / "config.yaml").read_bytes(), (tmp_path / "outputs" / "run" / "status.json").read_bytes()
     (tmp_path / "other").mkdir()
+    Image.new("RGB", (90, 90), "red").save(tmp_path / "other" / "one.png")
+    (tmp_path / "other" / "one.txt").write_text("other_hero, red")
     for given in (["--trigger-token", "other_hero"], ["--dataset", str(tmp_path / "other")]):
         assert main(["train", *options, *given]) == 1
         assert "run_name" in capsys.readouterr().err
-    assert main(["run", *options, "--dataset", str(tmp_path / "other"), "--only", "01"]) == 1
+    validate = ["validate", str(tmp_path / "other"), "--trigger-token", "other_hero", "--resolution", "64", "--output", str(tmp_path / "outputs" / "run")]
+    assert main(validate) == 1 and "take another run name" in capsys.readouterr().out
     assert before == tuple((tmp_path / "outputs" / "run" / name).read_bytes() for name in ("config.yaml", "status.json"))
+
+
+@pytest.mark.parametrize("words", [["run"], ["sweep", "lora_rank=2"]])
+def test_the_notebooks_get_the_data_set_of_a_configuration(tmp_path, monkeypatch, words):
+    """Their own DATASET_PATH and TRIGGER_TOKEN lie over CONFIG_FILE, so what it says must come as these."""
+    given = []
+    monkeypatch.setattr("lora_nb.batch.run_notebooks", lambda *_, flags=None, **__: given.append(flags))
+    monkeypatch.setattr("lora_nb.compare.compare", lambda *_, **__: [{"run": "r"}])
+    (tmp_path / "mine.yaml").write_text("dataset_path: data/hero\ntrigger_token: hero_man\n")
+    (tmp_path / "data" / "hero").mkdir(parents=True)
+    assert not main([*words, "--preset", "cpu-demo", "--config", str(tmp_path / "mine.yaml")])
+    assert given[0]["DATASET_PATH"] == "data/hero" and given[0]["TRIGGER_TOKEN"] == "hero_man"
 
 
 def test_a_data_set_needs_its_trigger(tmp_path, capsys):
